@@ -1,0 +1,1 @@
+from .schedulers.scheduling_perflow import PeRFlowScheduler  # noqa: F401

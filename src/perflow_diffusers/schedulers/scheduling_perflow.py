@@ -1,0 +1,389 @@
+"""PeRFlowScheduler: few-step sampling along a piecewise straight flow, behind the API of a diffusers scheduler.
+
+Symbols: `N` training timesteps, `K` windows, `n` sampling steps; a step is `z' = a z + b out` with two numbers a step.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from ..flow import PREDICTION_TYPES, NoisePath, Windows, clean_estimate, euler, marginal
+from ..flow.chord import check_prediction_type
+
+Numbers = tuple[float, float, float, float]
+
+# What the network of a stock pipeline may predict, in the words of diffusers' `prediction_type`.
+BASE_TYPES = ("epsilon", "sample", "v_prediction")
+
+# Facts about the base network rather than choices of a sampler: never left to whichever scheduler reads the config.
+NETWORK_FACTS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+
+
+@dataclass
+class PeRFlowSchedulerOutput(BaseOutput):
+    """What `PeRFlowScheduler.step` returns; both tensors are like the sample, (B, C, ...).
+
+    Fields: `prev_sample`, the state at the next timestep. `pred_original_sample`, the clean sample that the network's
+    output implies under its own parameterisation (`flow.clean_estimate`), good for previews; None while the output
+    does not ask for it. It is not the straight line of the window run on to t = 0.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """Sampler for PeRFlow weights (arXiv 2405.07510): the flow is a straight line inside each of K time windows.
+
+    `PeRFlowScheduler.from_config(pipe.scheduler.config, prediction_type="ddim_eps")` is all that a pipeline needs.
+
+    The network sees integer timesteps 1..N (N = pure noise, never 0), as the published weights were trained.
+
+    Two types, two keys. `prediction_type` takes one of PeRFlow's types (ddim_eps, diff_eps, velocity), as published
+    configs have it, or the base's (epsilon, sample, v_prediction), as stock configs have it. The config then holds the
+    base's under `prediction_type`, where every other scheduler looks for it, and PeRFlow's under `perflow_type`. So
+    `DDIMScheduler.from_config(perflow.config)` equals `DDIMScheduler.from_config(original.config)`. A base type alone
+    is an error, never a guess. Where only PeRFlow's type was ever given, the base's is epsilon for ddim_eps and
+    diff_eps (that is what such a network outputs) and None for velocity (other schedulers then refuse to step).
+
+    Args:
+        num_train_timesteps: N >= 1.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the noise schedule of the base, as
+            in `DDIMScheduler`. With zero terminal SNR only velocity is defined.
+        set_alpha_to_one: whether the run ends at no noise at all instead of the schedule's first level.
+        prediction_type: one of PeRFlow's types, or the base's together with `perflow_type`.
+        t_noise, t_clean: where sampling starts and ends, 1 >= t_noise > t_clean >= 0, rounded to integer timesteps.
+        num_time_windows: K >= 1 windows of equal length between them.
+        window_boundaries: instead, K + 1 falling integer timesteps from `t_noise * N` to `t_clean * N`.
+        perflow_type: how the PeRFlow weights were trained: ddim_eps, diff_eps or velocity.
+
+    Raises:
+        ValueError: for values outside these; the message names the argument, the value and the choices.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: Sequence[float] | np.ndarray | None = None,
+        set_alpha_to_one: bool = False,
+        prediction_type: str | None = None,
+        t_noise: float = 1.0,
+        t_clean: float = 0.0,
+        num_time_windows: int = 4,
+        rescale_betas_zero_snr: bool = False,
+        window_boundaries: Sequence[int] | None = None,
+        perflow_type: str | None = None,
+    ) -> None:
+        base_type, self._type = _split_types(prediction_type, perflow_type)
+        self.path = NoisePath.from_betas(
+            num_train_timesteps,
+            beta_start,
+            beta_end,
+            beta_schedule,
+            trained_betas,
+            set_alpha_to_one,
+            rescale_betas_zero_snr,
+        )
+        check_prediction_type(self._type, self.path)
+        defaulted = self.config.get("_use_default_values", [])
+        num_windows = None if "num_time_windows" in defaulted and window_boundaries is not None else num_time_windows
+        self.windows = _windows(num_train_timesteps, t_noise, t_clean, num_windows, window_boundaries)
+        self.register_to_config(
+            prediction_type=base_type,
+            perflow_type=self._type,
+            num_time_windows=self.windows.num_windows,
+            _use_default_values=[k for k in defaulted if k not in (*NETWORK_FACTS, "perflow_type")],
+        )
+        # The names under which pipelines look the noise schedule up.
+        self.alphas_cumprod = (self.path.alpha[1:] ** 2).float()
+        self.final_alpha_cumprod = (self.path.alpha[0] ** 2).float()
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(num_train_timesteps, 0, -1)
+        self._begin_index: int | None = None
+        self._step_index: int | None = None
+        self._spans: dict[int, tuple[int, int]] = {}
+        self._positions: dict[int, int] = {}
+        self._steps: list[Numbers] = []
+        self._table: Tensor | None = None
+        self._warned = False
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A scheduler from any diffusers scheduler's config; `kwargs` override it: `prediction_type="ddim_eps"`.
+
+        The base's own prediction type and noise schedule are kept even where the other scheduler had them by default.
+        Raises ValueError where nothing says how the PeRFlow weights were trained.
+        """
+        if not isinstance(config, dict):
+            return super().from_config(config, return_unused_kwargs, **kwargs)
+        stock_type = config.get("prediction_type") not in PREDICTION_TYPES
+        if stock_type and kwargs.get("prediction_type") in PREDICTION_TYPES:
+            kwargs.setdefault("perflow_type", kwargs.pop("prediction_type"))
+        facts = {k: config[k] for k in NETWORK_FACTS if k in config and k not in kwargs}
+        scheduler, unused = cast(tuple, super().from_config(config, return_unused_kwargs=True, **facts, **kwargs))
+        # A default of the source stays one, so that the next scheduler does with it what it does with the source's.
+        inherited = [k for k in config.get("_use_default_values", []) if k in facts]
+        defaulted = [*scheduler.config.get("_use_default_values", []), *inherited]
+        scheduler.register_to_config(_use_default_values=defaulted)
+        return (scheduler, unused) if return_unused_kwargs else scheduler
+
+    def to_json_string(self) -> str:
+        """The config as JSON, without `set_alpha_to_one` unless it was given: schedulers differ in its default."""
+        config = json.loads(super().to_json_string())
+        if "set_alpha_to_one" in self.config.get("_use_default_values", []):
+            del config["set_alpha_to_one"]
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def __len__(self) -> int:
+        """N, the number of training timesteps."""
+        return self.path.num_train_timesteps
+
+    @property
+    def step_index(self) -> int | None:
+        """How many of `timesteps` are done; None before the first step. Not counted inside a compiled step."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The place in `timesteps` of the first step of a run that starts in the middle; None until it is set."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at `timesteps[begin_index]`; pipelines call it for image to image.
+
+        Raises ValueError for a place that leaves no step: an image-to-image call with strength * steps < 1.
+        """
+        n = len(self.timesteps)
+        if not 0 <= begin_index < n:
+            raise ValueError(
+                f"`begin_index={begin_index}` leaves no step to take; expected 0 to {n - 1} with {n} steps. In image "
+                "to image this means strength * num_inference_steps < 1: raise one of them."
+            )
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | np.ndarray | Tensor | None = None,
+    ) -> None:
+        """Choose the run: `num_inference_steps` n >= 1, or explicit `timesteps`, integers falling inside the windows.
+
+        `self.timesteps`, (n,) int64 on `device`, is what the network is to see. n >= K puts n // K steps into every
+        window and one more into the first n % K; n < K merges neighbouring windows (`Windows.grid`), at a loss of
+        quality that is warned of once. The last step ends at the last boundary. Resets `begin_index`, `step_index`.
+        Raises ValueError unless exactly one of the two is given and in range.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError(
+                f"`num_inference_steps={num_inference_steps}` and `timesteps={timesteps}`; pass exactly one of them."
+            )
+        points = self._grid(num_inference_steps) if timesteps is None else self._explicit(timesteps)
+        self.num_inference_steps = len(points) - 1
+        self.timesteps = torch.tensor(points[:-1], dtype=torch.int64, device=device)
+        self._begin_index = self._step_index = None
+        self._prepare(points)
+
+    def _grid(self, n: Any) -> list[int]:
+        try:
+            n = operator.index(n)
+        except TypeError:
+            raise ValueError(f"`num_inference_steps={n!r}`; expected an integer >= 1.") from None
+        if n < 1:
+            raise ValueError(f"`num_inference_steps={n}`; expected an integer >= 1.")
+        if n < self.windows.num_windows and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{n} steps for weights with {self.windows.num_windows} time windows: windows are merged, and quality "
+                f"is lower than with {self.windows.num_windows} steps or more.",
+                stacklevel=3,
+            )
+        return self.windows.grid(n)
+
+    def _explicit(self, timesteps: Any) -> list[int]:
+        given = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else list(timesteps)
+        points = [*given, self.windows.boundaries[-1]]
+        first = self.windows.boundaries[0]
+        falling = all(a > b for a, b in pairwise(points))
+        if not given or not falling or points[0] > first or any(t != int(t) for t in given):
+            raise ValueError(
+                f"`timesteps={given}`; expected strictly falling integers, at most {first} and more than {points[-1]}."
+            )
+        return [int(t) for t in points]
+
+    def _prepare(self, points: list[int]) -> None:
+        """Compute every number of the run in float64: per step (a, b) and the x0 estimate's (p, q)."""
+        steps = list(pairwise(points))
+        self._spans = {t: self.windows.span(t, t_next) for t, t_next in steps}
+        self._positions = {t: i for i, t in enumerate(points[:-1])}
+        t, t_next = torch.tensor(steps).unbind(1)
+        start, end = torch.tensor(list(self._spans.values())).unbind(1)
+        numbers = torch.stack(
+            [
+                *euler(self.path, self._type, start, end, t, t_next),
+                *clean_estimate(self.path, self._type, start, end, t),
+            ],
+            dim=1,
+        )
+        self._steps = [(a, b, p, q) for a, b, p, q in numbers.tolist()]
+        device = self.timesteps.device
+        # Rows off the grid stay NaN: inside a compiled graph nothing can raise, and NaN is seen.
+        table = torch.full((len(self.path.alpha), 4), torch.nan, dtype=torch.float64)
+        table[t] = numbers
+        self._table = table.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """The sample itself: PeRFlow's network takes the state as it is."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> PeRFlowSchedulerOutput | tuple[Tensor]:
+        """Move the sample along its window's straight line to the next timestep: `a * sample + b * model_output`.
+
+        `model_output`, `sample`: (B, C, ...), computed in float32 (float64 for float64 samples) and returned in the
+        sample's dtype. `timestep`: a number or one-element tensor of `timesteps`, or one per sample (B,). After the
+        first, tensors are not read, only counted, so that no step waits for a device; a compiled step and one with a
+        timestep per sample look their numbers up by timestep instead. `generator` is part of the API and has no use:
+        the sampler is deterministic. With `return_dict=False` the result is `(prev_sample,)`, the fast path.
+        Raises ValueError before `set_timesteps`, after the last step, and for a number that is not in `timesteps`.
+        """
+        if torch.compiler.is_compiling() or (isinstance(timestep, Tensor) and timestep.numel() > 1):
+            rows = self._look_up(timestep, sample)
+            prev_sample = _combine_rows(sample, model_output, *rows[:2])
+            x0 = _combine_rows(sample, model_output, *rows[2:]) if return_dict else None
+        else:
+            a, b, p, q = self._count(timestep)
+            prev_sample = _combine(sample, model_output, a, b)
+            x0 = _combine(sample, model_output, p, q) if return_dict else None
+        return PeRFlowSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample,)
+
+    def _count(self, timestep: int | float | Tensor) -> Numbers:
+        """The numbers of this step, found by counting; by value for the first step and for a Python number."""
+        index = self._step_index
+        if not isinstance(timestep, Tensor):
+            index = self._position(timestep)
+        elif index is None:
+            index = self._position(timestep) if self._begin_index is None else self._begin_index
+        if index >= len(self._steps):
+            raise ValueError(f"All {len(self._steps)} steps are done. Call `set_timesteps` before the next run.")
+        self._step_index = index + 1
+        return self._steps[index]
+
+    def _position(self, timestep: int | float | Tensor) -> int:
+        value = timestep.item() if isinstance(timestep, Tensor) else timestep
+        if value not in self._positions:
+            todo = f"Expected one of {list(self._positions)}" if self._positions else "Call `set_timesteps` first"
+            raise ValueError(f"`timestep={value}` is not a step of this run. {todo}.")
+        return self._positions[int(value)]
+
+    def _look_up(self, timestep: int | float | Tensor, sample: Tensor) -> list[Tensor]:
+        """The numbers of this step by timestep, each a tensor () or (B, 1, ...) beside the sample."""
+        if self._table is None:
+            raise ValueError("`step` was called before `set_timesteps`. Call `set_timesteps` first.")
+        # One-dimensional even for a single timestep: torch.compile takes a 0-d index for a constant.
+        index = torch.as_tensor(timestep, device=self._table.device).to(torch.int64).reshape(-1)
+        rows = self._table[index]
+        if not torch.compiler.is_compiling() and bool(rows.isnan().any()):
+            raise ValueError(f"`timestep={index.tolist()}`; expected steps of this run, {list(self._positions)}.")
+        return [_beside(c, sample) for c in rows.unbind(-1)]
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+        """Clean samples as PeRFlow states at `timesteps`: the point of the window's chord, `flow.marginal`.
+
+        `original_samples`, `noise`: (B, ...); `timesteps`: integers () or (B,), from the last boundary to the first.
+        At a timestep of the run the window is the one its step will follow. On boundaries this is the usual noising.
+        Returns the dtype of `original_samples`, computed in float32 or better. Raises ValueError out of range.
+        """
+        index = torch.as_tensor(timesteps, device="cpu").to(torch.int64)
+        start, end = self.windows.of(index)
+        for t, (s, e) in self._spans.items():
+            start, end = torch.where(index == t, s, start), torch.where(index == t, e, end)
+        c_x0, c_noise = (_beside(c, original_samples) for c in marginal(self.path, start, end, index))
+        return (c_x0 * original_samples + c_noise * noise).to(original_samples.dtype)
+
+
+def _beside(c: Tensor, sample: Tensor) -> Tensor:
+    """Float64 numbers () or (B,) as at least float32 ones (B or 1, 1, ...), so that a half sample is promoted."""
+    dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+    return c.to(dtype).to(sample.device).reshape(-1, *(1,) * (sample.ndim - 1))
+
+
+def _combine(z: Tensor, out: Tensor, a: float, b: float) -> Tensor:
+    """a * z + b * out in at least float32, rounded once to z's dtype; a wide z costs no memory but the result."""
+    if z.dtype in (torch.float32, torch.float64):
+        return torch.mul(z, a).add_(out, alpha=b)
+    return z.float().mul_(a).add_(out, alpha=b).to(z.dtype)
+
+
+def _combine_rows(z: Tensor, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The same with one number per sample."""
+    return (z.to(a.dtype) * a + out.to(a.dtype) * b).to(z.dtype)
+
+
+def _split_types(prediction_type: str | None, perflow_type: str | None) -> tuple[str | None, str]:
+    """(the base's type, PeRFlow's type) from the two keys of a config, or a ValueError that says where to look."""
+    if prediction_type in PREDICTION_TYPES:
+        if perflow_type not in (None, prediction_type):
+            raise ValueError(
+                f"`prediction_type={prediction_type!r}` and `perflow_type={perflow_type!r}` contradict each other. "
+                f"Pass one of them, or the base's type ({', '.join(BASE_TYPES)}) as `prediction_type`."
+            )
+        perflow_type, prediction_type = prediction_type, None
+    elif prediction_type is not None and prediction_type not in BASE_TYPES:
+        raise ValueError(
+            f"`prediction_type={prediction_type!r}`; expected PeRFlow's {', '.join(PREDICTION_TYPES)}, or what the "
+            f"base predicts ({', '.join(BASE_TYPES)}) together with `perflow_type`."
+        )
+    check_prediction_type(prediction_type if perflow_type is None else perflow_type)
+    assumed = None if perflow_type == "velocity" else "epsilon"
+    return prediction_type or assumed, str(perflow_type)
+
+
+def _windows(n: int, t_noise: float, t_clean: float, num_windows: int | None, given: Sequence[int] | None) -> Windows:
+    """The windows that the config's arguments describe."""
+    if not 0 <= t_clean < t_noise <= 1:
+        raise ValueError(f"`t_noise={t_noise}` and `t_clean={t_clean}`; expected 1 >= t_noise > t_clean >= 0.")
+    noise, clean = round(t_noise * n), round(t_clean * n)
+    if given is None:
+        if num_windows is None or not 1 <= num_windows <= noise - clean:
+            raise ValueError(f"`num_time_windows={num_windows}`; expected an integer from 1 to {noise - clean}.")
+        return Windows.uniform(num_windows, noise, clean)
+    windows = Windows(tuple(given))
+    if (windows.boundaries[0], windows.boundaries[-1]) != (noise, clean):
+        raise ValueError(
+            f"`window_boundaries={list(given)}`; expected them to run from {noise} to {clean}, which is `t_noise` to "
+            "`t_clean`: change one or the other."
+        )
+    if num_windows not in (None, windows.num_windows):
+        raise ValueError(
+            f"`num_time_windows={num_windows}` and `window_boundaries` of {windows.num_windows} windows; leave the "
+            "first out, or pass `window_boundaries=None` for windows of equal length."
+        )
+    return windows

@@ -1,0 +1,250 @@
+"""The difference of two sets of weights as a file: `compute_delta(base, tuned, out)`, D = tuned - base in fp32."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.errors import DeltaError
+from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
+from perflow_diffusers.weights.writer import Spec, tensor_bytes, write_folder, write_safetensors
+
+DELTA_FORMAT = "delta-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Delta(WeightSource):
+    """A delta that was computed; `identical` names the tensors that are the same in base and tuned weights."""
+
+    identical: tuple[str, ...] = field(default=())
+    relative_norm: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {len(self)} tensors, {self.nbytes / 2**20:.1f} MiB, {100 * self.relative_norm:.2f} % of "
+            "the "
+            f"base's norm, {len(self.identical)} tensors identical"
+        )
+
+
+def compute_delta(
+    base: Any,
+    tuned: Any,
+    out: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    drop_identical: bool = False,
+    max_shard_size: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Delta:
+    """tuned - base, tensor by tensor in fp32, stored as `dtype` (default: the wider one of the two).
+
+    `base` and `tuned` are anything that `open_weights` takes, models and pipelines included, or single-file
+    checkpoints in the original format (these through diffusers). `out` is a `.safetensors` file, or a folder if
+    `max_shard_size` (bytes) is given; None keeps the delta in memory. Memory: a few tensors, whatever the model's
+    size.
+
+    The header says format, base, tuned, base_hash, dtype, and what `metadata` adds (prediction_type,
+    num_time_windows, steps, guidance_scale, ...; values that are not strings are stored as JSON). `drop_identical`
+    leaves out tensors that are equal in both, and names them in the header. `progress(done, total)` is called after
+    each tensor.
+
+    Raises `DeltaError` if keys, shapes or numbers do not allow a difference, `WeightSourceError` for what cannot be
+    read, `WeightWriteError` for an `out` that cannot be written (all ValueErrors); an old file there is then intact.
+    """
+    first, names = _named(base)
+    second, tuned_names = _named(tuned)
+    _check_pair(first, names, second, tuned_names)
+    pairs = {name: (names[name], tuned_names[name]) for name in sorted(names)}
+    dropped = _identical(first, second, pairs) if drop_identical else ()
+    specs: dict[str, Spec] = {}
+    for name, (key, tuned_key) in pairs.items():
+        stored = dtype or torch.promote_types(first.dtypes[key], second.dtypes[tuned_key])
+        if name not in dropped:
+            specs[name] = (first.shapes[key], stored)
+    if not specs:
+        raise DeltaError(f"{second.name} is identical to {first.name}: there is no difference to store.")
+    header = _header(first, second, specs, dropped, metadata)
+    run = _Differences(first, second, pairs, specs, progress)
+    if out is None:
+        tensors = {name: tensor.clone() for name, tensor in run}
+        header["base_hash"] = run.base_hash
+        return _delta("a computed delta", open_weights(tensors), header, run)
+
+    def final_header() -> dict[str, str]:
+        return {**header, "base_hash": run.base_hash}
+
+    if max_shard_size is not None:
+        path = write_folder(
+            out, specs, iter(run), final_header, max_shard_size=max_shard_size, overwrite=overwrite
+        ).parent
+    else:
+        path = write_safetensors(out, specs, iter(run), final_header, overwrite=overwrite)
+    return _delta(str(path), open_weights(path), final_header(), run)
+
+
+def content_hash(source: Any) -> str:
+    """`sha256:...` over canonical names, dtypes, shapes and bytes: the same for the same weights in any file."""
+    weights, names = _named(source)
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        _update(digest, name, weights[names[name]])
+    return f"sha256:{digest.hexdigest()}"
+
+
+class _Differences:
+    """Iterates over (name, difference) and gathers on the way what is known only at the end."""
+
+    def __init__(
+        self,
+        base: WeightSource,
+        tuned: WeightSource,
+        pairs: Mapping[str, tuple[str, str]],
+        specs: Mapping[str, Spec],
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.base, self.tuned, self.pairs, self.specs, self.progress = base, tuned, pairs, specs, progress
+        self.identical: list[str] = []
+        self.base_hash = f"sha256:{'0' * 64}"
+        self.squares = [0.0, 0.0]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        digest = hashlib.sha256()
+        for done, (name, (key, tuned_key)) in enumerate(self.pairs.items(), start=1):
+            old = self.base[key]
+            _update(digest, name, old)
+            self.base_hash = f"sha256:{digest.hexdigest()}"
+            if name not in self.specs:
+                self.identical.append(name)
+            else:
+                yield name, self._difference(name, old, self.tuned[tuned_key])
+            if self.progress is not None:
+                self.progress(done, len(self.pairs))
+
+    def _difference(self, name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        exact = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
+        wide = old.detach().to("cpu", exact)
+        difference = new.detach().to("cpu", exact, copy=True).sub_(wide)
+        stored = difference.to(self.specs[name][1])
+        size, total = difference.norm().item(), wide.norm().item()
+        check = stored if stored.dtype.itemsize > 1 else stored.float()
+        if check.numel() and not all(torch.isfinite(value) for value in torch.aminmax(check)):
+            raise DeltaError(
+                f"{name} of {self.tuned.name} minus {self.base.name} has NaN or Inf in {stored.dtype}. Look at that "
+                "checkpoint, or store the delta in float32."
+            )
+        self.squares[0] += size**2
+        self.squares[1] += total**2
+        if size == 0:
+            self.identical.append(name)
+        return stored
+
+
+def _named(anything: Any) -> tuple[WeightSource, dict[str, str]]:
+    """A source of complete weights and its `{canonical name: key}`; original-format files through diffusers."""
+    source = open_weights(anything)
+    if keys.is_original_format(source):
+        source = _converted(source)
+    names, collisions = keys.canonical_map(source)
+    if collisions:
+        raise DeltaError(f"{source.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
+    if not names:
+        raise DeltaError(f"{source.name} is empty. Pass the weights of a UNet.")
+    return source, names
+
+
+def _converted(source: WeightSource) -> WeightSource:
+    """The UNet of an original-format checkpoint, converted by diffusers (which may ask the Hub for its config)."""
+    from diffusers import UNet2DConditionModel
+
+    if not source.files:
+        raise DeltaError(f"{source.name} is in the original format: pass its file, which diffusers can convert.")
+    unet = UNet2DConditionModel.from_single_file(str(source.files[0]))
+    return open_weights(unet)
+
+
+def _check_pair(
+    base: WeightSource, names: Mapping[str, str], tuned: WeightSource, tuned_names: Mapping[str, str]
+) -> None:
+    """All that prevents a difference, in one error."""
+    problems = []
+    for what, lacking in (
+        (f"only in {base.name}", [name for name in names if name not in tuned_names]),
+        (f"only in {tuned.name}", [name for name in tuned_names if name not in names]),
+    ):
+        if lacking:
+            problems.append(f"{what} ({len(lacking)}): {keys.grouped(lacking)}")
+    shared = [name for name in names if name in tuned_names]
+    misshapen = [
+        f"{name} ({base.shapes[names[name]]} and {tuned.shapes[tuned_names[name]]})"
+        for name in shared
+        if base.shapes[names[name]] != tuned.shapes[tuned_names[name]]
+    ]
+    if misshapen:
+        problems.append(f"of different shapes ({len(misshapen)}): {keys.grouped(misshapen)}")
+    wrong = [name for name in shared if not base.dtypes[names[name]].is_floating_point]
+    wrong += [name for name in shared if not tuned.dtypes[tuned_names[name]].is_floating_point]
+    if wrong:
+        problems.append(f"not floating point, quantised perhaps ({len(wrong)}): {keys.grouped(wrong)}")
+    if problems:
+        raise DeltaError(
+            f"{tuned.name} minus {base.name} is not defined. Tensors {'; '.join(problems)}. Both must be weights of "
+            "the "
+            "same network: take the base that the tuned model was trained from."
+        )
+
+
+def _identical(base: WeightSource, tuned: WeightSource, pairs: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
+    """Names of tensors that are equal; one more reading of both."""
+    return tuple(name for name, (key, other) in pairs.items() if _same(base[key], tuned[other]))
+
+
+def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
+    return bool((old.detach().cpu() == new.detach().cpu()).all())
+
+
+def _header(
+    base: WeightSource,
+    tuned: WeightSource,
+    specs: Mapping[str, Spec],
+    dropped: tuple[str, ...],
+    extra: Mapping[str, Any] | None,
+) -> dict[str, str]:
+    dtypes = sorted({dtype_name(dtype) for _, dtype in specs.values()})
+    header = {
+        "format": "pt",
+        "perflow_format": DELTA_FORMAT,
+        "base": Path(base.name).name if base.files else base.name,
+        "tuned": Path(tuned.name).name if tuned.files else tuned.name,
+        "dtype": ",".join(dtypes),
+        "base_hash": f"sha256:{'0' * 64}",
+    }
+    if dropped:
+        header["identical"] = " ".join(dropped)
+    reserved = {"format", "perflow_format", "dtype", "base_hash", "identical"} & set(extra or {})
+    if reserved:
+        raise DeltaError(
+            f"metadata keys {', '.join(sorted(reserved))} are written by compute_delta itself. Rename them."
+        )
+    for key, value in (extra or {}).items():
+        header[str(key)] = value if isinstance(value, str) else json.dumps(value)
+    return header
+
+
+def _delta(name: str, source: WeightSource, header: Mapping[str, str], run: _Differences) -> Delta:
+    relative = (run.squares[0] / run.squares[1]) ** 0.5 if run.squares[1] else 0.0
+    identical = tuple(run.identical)
+    return Delta(name, source.shapes, source.dtypes, source.read, dict(header), source.files, identical, relative)
+
+
+def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
+    digest.update(tensor_bytes(tensor))

@@ -1,0 +1,285 @@
+"""Put deltas into a UNet and take them out to the last bit: `merge_delta`, `unmerge_delta`, `set_delta_scale`."""
+
+import math
+import time
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, get_args
+
+import torch
+
+from perflow_diffusers.weights.errors import MergeError
+from perflow_diffusers.weights.plan import ConvIn, Edit, MergePlan, check_range, find_unet, plan_merge, usable_weights
+from perflow_diffusers.weights.stack import (
+    Backup,
+    Layer,
+    MergeStack,
+    add_permanently,
+    check_unchanged,
+    drop_unused,
+    save_bits,
+    stack_of,
+    write_layers,
+)
+
+__all__ = [
+    "Edit",
+    "MergeError",
+    "MergeHandle",
+    "MergePlan",
+    "MergeReport",
+    "merge_delta",
+    "plan_merge",
+    "set_delta_scale",
+    "unmerge_delta",
+]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did: counts of weights, names of special ones, bytes of the backup, seconds it took."""
+
+    source: str
+    scale: float
+    changed: int
+    untouched: tuple[str, ...]
+    padded: tuple[str, ...]
+    skipped: tuple[str, ...]
+    backup: str
+    backup_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        text = f"merged {self.source} x {self.scale:g} into {self.changed} weights in {self.seconds:.2f} s"
+        for names, what in (
+            (self.padded, "on the first input channels of {}"),
+            (self.skipped, "{} skipped"),
+            (self.untouched, "{} other weights untouched"),
+        ):
+            if names:
+                shown = ", ".join(names) if what != "{} other weights untouched" else str(len(names))
+                text += "; " + what.format(shown)
+        kept = {"none": "no backup, cannot be undone"}.get(self.backup, f"backup on {self.backup}")
+        return f"{text}; {kept}" + (f" ({self.backup_bytes / 2**20:.0f} MiB)" if self.backup_bytes else "")
+
+
+class MergeHandle:
+    """A merge that was done: says what (`report`, `metadata`) and takes it back (`undo`, or the end of a `with`).
+
+    `plan` is what was checked, `metadata` the header of the delta (str -> str: prediction_type, steps, ...),
+    `backup` where the base bits are ("cpu", "disk", "none").
+    """
+
+    def __init__(self, unet: torch.nn.Module, number: int | None, plan: MergePlan, report: MergeReport) -> None:
+        self._unet = weakref.ref(unet)
+        self._number = number
+        self.plan = plan
+        self.report = report
+        self.backup = report.backup
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the delta's header says, str -> str."""
+        return self.plan.source.metadata
+
+    @property
+    def active(self) -> bool:
+        """Whether the merge is in the weights and can be undone."""
+        unet = self._unet()
+        return unet is not None and any(layer.number == self._number for layer in stack_of(unet).layers)
+
+    @property
+    def scale(self) -> float:
+        """The present scale; 0 after `undo`."""
+        unet = self._unet()
+        layers = stack_of(unet).layers if unet is not None else []
+        default = self.report.scale if self._number is None else 0.0
+        return next((layer.scale for layer in layers if layer.number == self._number), default)
+
+    def undo(self, *, force: bool = False) -> None:
+        """Take this merge out; the last one on the UNet must go first. Errors as in `unmerge_delta`."""
+        unet = self._live_unet()
+        layers = stack_of(unet).layers
+        if layers[-1].number != self._number:
+            numbers = [layer.number for layer in layers]
+            above = layers[numbers.index(self._number) + 1 :] if self._number is not None else []
+            later = ", ".join(layer.plan.source.name for layer in reversed(above))
+            raise MergeError(
+                f"{self.plan.source.name} is not the last merge on this UNet: merged after it, and to be undone "
+                "before "
+                f"it: {later}. (`set_scale(0)` switches it off where it is.)"
+            )
+        _undo_last(unet, force)
+
+    def set_scale(self, scale: float) -> None:
+        """Change the strength, computed from the base bits: no drift. Errors as in `set_delta_scale`."""
+        _rescale(self._live_unet(), self._number, scale)
+
+    def _live_unet(self) -> torch.nn.Module:
+        """The UNet, or the reason why nothing can be done to it."""
+        unet = self._unet()
+        if unet is None:
+            raise MergeError("The UNet that this merge was made on no longer exists.")
+        if self._number is None:
+            raise MergeError(_PERMANENT.format(self.plan.source.name))
+        if not self.active:
+            raise MergeError(f"{self.plan.source.name} is no longer merged: it was undone before.")
+        return unet
+
+    def __enter__(self) -> "MergeHandle":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._number is None or self.active:
+            self.undo()
+
+    def __repr__(self) -> str:
+        return f"MergeHandle({self.report}; {'active' if self.active else 'not undoable or undone'})"
+
+
+_PERMANENT = "{} was merged with backup='none', so nothing can undo or rescale it. Load the model again."
+
+
+def merge_delta(
+    pipe_or_unet: Any, source: Any, scale: float = 1.0, *, conv_in: ConvIn = "pad", backup: Backup = "cpu"
+) -> MergeHandle:
+    """Add a delta to the weights of a UNet, in place, on whatever device they are.
+
+    `source` is a state dict, a file, a folder, a short name or a Hub id (see `open_weights`); `scale` any finite
+    number. Merges stack: the weights become round(base + sum_i s_i * delta_i), computed in fp32 and rounded once.
+    Everything is checked before the first weight changes, and an error or an interrupt restores all of them.
+
+    `backup` is where the base weights are kept, so that undoing restores every bit: "cpu" costs as much memory as the
+    delta's weights (1.7 GB for SD 1.5 in fp16), "disk" a temporary file of that size (in TMPDIR), "none" nothing, but
+    then nothing can be undone, and an interrupt waits until the merge is complete. `conv_in`: see `plan_merge`.
+
+    Raises `MergeError` or `WeightSourceError` (both ValueErrors). Warns if the same delta is merged already.
+    """
+    begin = time.perf_counter()
+    if backup not in get_args(Backup):
+        raise MergeError(f"backup={backup!r} is unknown. Pass 'cpu', 'disk' or 'none'.")
+    scale = _checked_scale(scale)
+    unet = find_unet(pipe_or_unet)
+    plan = plan_merge(unet, source, scale=scale, conv_in=conv_in)
+    weights = usable_weights(unet)
+    stack = stack_of(unet)
+    check_unchanged(stack, weights)
+    if any(plan.fingerprint == other.fingerprint for other in _merged_plans(stack)):
+        warnings.warn(
+            f"{plan.source.name} is merged into this UNet already; now it counts twice. Use `unmerge_delta` before, "
+            "or "
+            "`set_delta_scale` to change its strength.",
+            UserWarning,
+            stacklevel=2,
+        )
+    if backup == "none":
+        number, nbytes = None, 0
+        _merge_permanently(stack, plan, scale, weights)
+    else:
+        number, nbytes = _merge_layer(stack, plan, scale, weights, backup)
+    padded = tuple(edit.name for edit in plan.edits if edit.channels is not None)
+    seconds = time.perf_counter() - begin
+    report = MergeReport(
+        plan.source.name, scale, len(plan.edits), plan.untouched, padded, plan.skipped, backup, nbytes, seconds
+    )
+    return MergeHandle(unet, number, plan, report)
+
+
+def unmerge_delta(pipe_or_unet: Any, *, force: bool = False) -> None:
+    """Take the last merge out of a UNet. Without merges below it, every bit is what it was before.
+
+    If something else changed the merged weights since, it raises rather than overwrite that; `force=True` overwrites.
+    Raises `MergeError` if nothing is merged, or if it was merged with backup="none".
+    """
+    unet = find_unet(pipe_or_unet)
+    _check_mergeable(stack_of(unet))
+    _undo_last(unet, force)
+
+
+def set_delta_scale(pipe_or_unet: Any, scale: float) -> None:
+    """Change the strength of the last merge (others: `handle.set_scale`), computed from the base bits: no drift.
+
+    Raises `MergeError` as `unmerge_delta` does, and for a scale that is not a finite number.
+    """
+    unet = find_unet(pipe_or_unet)
+    stack = stack_of(unet)
+    _check_mergeable(stack)
+    _rescale(unet, stack.layers[-1].number, scale)
+
+
+def _merged_plans(stack: MergeStack) -> list[MergePlan]:
+    return [layer.plan for layer in stack.layers] + stack.permanent
+
+
+def _check_mergeable(stack: MergeStack) -> None:
+    """Refuse to undo or rescale what is not there."""
+    if not stack.layers and stack.permanent:
+        raise MergeError(_PERMANENT.format(stack.permanent[-1].source.name))
+    if not stack.layers:
+        raise MergeError(
+            "Nothing is merged into this UNet (or it was unpickled or loaded since). Call `merge_delta` first."
+        )
+
+
+def _checked_scale(scale: Any) -> float:
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise MergeError(f"scale={scale!r} is not a finite number. Pass 1.0 for the full delta, 0.5 for half of it.")
+    return value
+
+
+def _merge_layer(
+    stack: MergeStack, plan: MergePlan, scale: float, weights: Mapping[str, torch.Tensor], backup: Backup
+) -> tuple[int, int]:
+    """Back up what is not backed up yet, then write; returns the layer's number and the bytes of its backup."""
+    names = [edit.name for edit in plan.edits]
+    new = {name: weights[name] for name in names if name not in stack.base}
+    saved = save_bits(new, backup)
+    layer = Layer(stack.count, plan, scale)
+    stack.base.update(saved.tensors)
+    stack.saved.append(saved)
+    try:
+        write_layers(stack, [*stack.layers, layer], weights, names)
+    finally:
+        drop_unused(stack)
+    stack.count += 1
+    return layer.number, saved.nbytes
+
+
+def _merge_permanently(stack: MergeStack, plan: MergePlan, scale: float, weights: Mapping[str, torch.Tensor]) -> None:
+    if stack.layers:
+        raise MergeError(
+            f"{stack.layers[-1].plan.source.name} is merged below with a backup, which a merge without one would make "
+            "useless. Undo it first, or pass backup='cpu' or 'disk'."
+        )
+    add_permanently(plan, scale, weights)
+    stack.permanent.append(plan)
+
+
+def _undo_last(unet: torch.nn.Module, force: bool) -> None:
+    stack = stack_of(unet)
+    weights = usable_weights(unet)
+    if force:
+        stack.marks = {name: mark for name, mark in stack.marks.items() if name not in weights}
+    check_unchanged(stack, weights)
+    last = stack.layers[-1]
+    write_layers(stack, stack.layers[:-1], weights, [edit.name for edit in last.plan.edits])
+
+
+def _rescale(unet: torch.nn.Module, number: int | None, scale: Any) -> None:
+    stack = stack_of(unet)
+    value = _checked_scale(scale)
+    weights = usable_weights(unet)
+    check_unchanged(stack, weights)
+    layers = [replace(layer, scale=value) if layer.number == number else layer for layer in stack.layers]
+    changed = next(layer for layer in layers if layer.number == number)
+    check_range(changed.plan, value, weights)
+    write_layers(stack, layers, weights, [edit.name for edit in changed.plan.edits])

@@ -1,0 +1,264 @@
+"""All that can be wrong with a merge, found before a weight changes: `plan_merge(unet, source) -> MergePlan`."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.errors import MergeError
+from perflow_diffusers.weights.source import WeightSource, open_weights
+
+ConvIn = Literal["pad", "skip"]
+
+_WIDE = "conv_in.weight"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One weight (canonical `name`) that gets a source's tensor `key`, on its first `channels` inputs if given."""
+
+    name: str
+    key: str
+    channels: int | None = None
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge will change; it exists only if everything fits.
+
+    `edits` are the weights to change, `untouched` the model's weights that the delta leaves alone (canonical names),
+    `skipped` what was left out on request, `largest` the largest absolute value in the delta, `fingerprint` the same
+    for the same delta wherever it was read from.
+    """
+
+    source: WeightSource
+    edits: tuple[Edit, ...]
+    untouched: tuple[str, ...]
+    skipped: tuple[str, ...]
+    largest: float
+    fingerprint: str
+
+    @cached_property
+    def edit_of(self) -> dict[str, Edit]:
+        """The edit of each weight that changes."""
+        return {edit.name: edit for edit in self.edits}
+
+
+def plan_merge(pipe_or_unet: Any, source: Any, *, scale: float = 1.0, conv_in: ConvIn = "pad") -> MergePlan:
+    """Check that a delta fits a UNet and say what merging it would change; changes nothing.
+
+    `source` is anything that `open_weights` takes. Reads the delta once, to see that every number is finite.
+    `conv_in` says what happens to a `conv_in.weight` with more input channels than the delta's (inpainting, 8-channel
+    models): "pad" adds the delta to the first ones, which are the noisy latent; "skip" leaves it as it is.
+
+    Raises `MergeError` (a ValueError) if the model is offloaded, quantised, fused or no UNet; if keys are missing,
+    unknown or misshapen; if the delta is empty, not finite, a LoRA, or complete weights in another format.
+    """
+    if conv_in not in ("pad", "skip"):
+        raise MergeError(f"conv_in={conv_in!r} is unknown. Pass 'pad' or 'skip'.")
+    unet = find_unet(pipe_or_unet)
+    weights = usable_weights(unet)
+    delta = open_weights(source)
+    names = _checked_names(delta)
+    edits, skipped = _edits(delta, names, weights, conv_in)
+    largest, fingerprint = _scan(delta, edits)
+    touched = {edit.name for edit in edits}
+    untouched = tuple(name for name in weights if name not in touched)
+    plan = MergePlan(delta, edits, untouched, skipped, largest, fingerprint)
+    check_range(plan, scale, weights)
+    return plan
+
+
+def find_unet(pipe_or_unet: Any) -> torch.nn.Module:
+    """The UNet of a pipeline, or the module itself, without wrappers of torch.compile or data parallelism.
+
+    Raises `MergeError` if there is none.
+    """
+    module: Any = pipe_or_unet if isinstance(pipe_or_unet, torch.nn.Module) else getattr(pipe_or_unet, "unet", None)
+    if not isinstance(module, torch.nn.Module):
+        kind = type(pipe_or_unet).__name__
+        others = [part for part in ("transformer", "prior") if getattr(pipe_or_unet, part, None) is not None]
+        has = f" (it has a `{others[0]}`)" if others else ""
+        raise MergeError(f"{kind} has no UNet{has}. Pass a UNet, or a pipeline whose `unet` is loaded.")
+    while isinstance(inner := getattr(module, "_orig_mod", None) or getattr(module, "module", None), torch.nn.Module):
+        module = inner
+    return module
+
+
+def usable_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The live weights of a UNet under canonical names, fit to be changed in place.
+
+    Raises `MergeError` if in-place changes would be lost or wrong: offloaded, quantised, fp8, sharded, fused.
+    """
+    _check_modules(unet)
+    state = unet.state_dict(keep_vars=True)
+    plain, collisions = keys.canonical_map(state)
+    if collisions:
+        raise MergeError(f"Two tensors of the model have one canonical name: {collisions[0]}. Unload one adapter.")
+    weights = {name: state[key] for name, key in plain.items()}
+    checks = (
+        (lambda w: w.is_meta, "offloaded or not loaded (meta tensors)", _OFFLOADED),
+        (lambda w: w.dtype.itemsize == 1 and w.is_floating_point(), "stored as fp8 (layerwise casting)", _FP8),
+        (lambda w: not w.is_floating_point() or _is_wrapped(w), "quantised or sharded", _QUANTISED),
+    )
+    for is_bad, what, remedy in checks:
+        bad = [name for name, weight in weights.items() if is_bad(weight)]
+        if bad:
+            raise MergeError(f"{len(bad)} weights of the model are {what}, e.g. {bad[0]}. {remedy}")
+    return weights
+
+
+_OFFLOADED = (
+    "Merge before `enable_sequential_cpu_offload` or device_map, or call `pipe.remove_all_hooks()` first and offload "
+    "again afterwards."
+)
+_FP8 = "Merge first and enable layerwise casting afterwards, or load the model in fp16 or bf16."
+_QUANTISED = (
+    "Adding to them is lost or wrong. Load the model in fp16 or bf16, merge, and quantise afterwards "
+    "(`unet.dequantize()`"
+    " helps where the quantiser has it), or use the accelerator as a LoRA."
+)
+
+
+def _is_wrapped(weight: torch.Tensor) -> bool:
+    """Whether a weight is a tensor subclass whose numbers are elsewhere (torchao, GGUF, bitsandbytes, DTensor)."""
+    return type(weight) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _check_modules(unet: torch.nn.Module) -> None:
+    """Refuse hooks and processors that keep copies of the weights elsewhere."""
+    for name, module in unet.named_modules():
+        if type(getattr(module, "processor", None)).__name__.startswith("Fused"):
+            raise MergeError(
+                f"The QKV projections of {name} are fused into copies that a merge would miss. Call "
+                "`pipe.unfuse_qkv_projections()` first, merge, and fuse again."
+            )
+        if "group_offloading" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
+            raise MergeError(
+                "The model is under group offloading, which keeps its own copies of the weights. Merge before "
+                "`enable_group_offload`, or remove its hooks first."
+            )
+
+
+def _checked_names(delta: WeightSource) -> dict[str, str]:
+    """`{canonical name: key}` of a delta that is one."""
+    if len(delta) == 0:
+        raise MergeError(f"{delta.name} is empty: there is nothing to merge.")
+    if keys.is_original_format(delta):
+        raise MergeError(
+            f"{delta.name} is a complete checkpoint in the original format, not a delta. Make one with "
+            "`compute_delta(base, tuned)`, or load it as a pipeline of its own with `from_single_file`."
+        )
+    if delta.kind == "lora":
+        raise MergeError(f"{delta.name} is a LoRA, not a delta. Load it with `pipe.load_lora_weights(...)`.")
+    names, collisions = keys.canonical_map(delta)
+    if collisions:
+        shown = ", ".join(f"{first} and {second}" for first, second in collisions[:3])
+        raise MergeError(f"{delta.name} has more than one tensor for the same weight: {shown}. Keep one of each.")
+    wrong = [f"{key} ({delta.dtypes[key]})" for key in names.values() if not delta.dtypes[key].is_floating_point]
+    if wrong:
+        raise MergeError(
+            f"{delta.name} holds tensors that are not floating point: {', '.join(wrong[:4])}. Convert the delta to "
+            "fp16, "
+            "bf16 or fp32 first."
+        )
+    return names
+
+
+def _edits(
+    delta: WeightSource, names: Mapping[str, str], weights: Mapping[str, torch.Tensor], conv_in: ConvIn
+) -> tuple[tuple[Edit, ...], tuple[str, ...]]:
+    """Pair every tensor of the delta with its weight; all that does not fit is told in one error."""
+    identical = set(delta.metadata.get("identical", "").split())
+    unknown = [name for name in names if name not in weights]
+    missing = [name for name in weights if name not in names and name not in identical and not keys.is_extension(name)]
+    edits, skipped, misshapen = [], [], []
+    for name, key in names.items():
+        if name not in weights:
+            continue
+        have, given = tuple(weights[name].shape), delta.shapes[key]
+        if have == given:
+            edits.append(Edit(name, key))
+        elif name == _WIDE and _is_wider(have, given):
+            if conv_in == "pad":
+                edits.append(Edit(name, key, channels=given[1]))
+            else:
+                skipped.append(name)
+        else:
+            misshapen.append(f"{name} ({given} for {have})")
+    if unknown or missing or misshapen:
+        raise MergeError(_mismatch(delta, names, weights, unknown, missing, misshapen))
+    owners: dict[int, str] = {}
+    for edit in edits:
+        other = owners.setdefault(id(weights[edit.name]), edit.name)
+        if other != edit.name:
+            raise MergeError(f"{other} and {edit.name} of the model are one tensor, which would get the delta twice.")
+    return tuple(edits), tuple(skipped)
+
+
+def _is_wider(have: tuple[int, ...], given: tuple[int, ...]) -> bool:
+    """Whether two convolutions differ in nothing but more input channels of the first."""
+    return len(have) == len(given) == 4 and have[1] > given[1] and (have[0], *have[2:]) == (given[0], *given[2:])
+
+
+def _mismatch(
+    delta: WeightSource,
+    names: Mapping[str, str],
+    weights: Mapping[str, torch.Tensor],
+    unknown: list[str],
+    missing: list[str],
+    misshapen: list[str],
+) -> str:
+    """Grouped lists and the likely cause."""
+    given = keys.family({name: delta.shapes[key] for name, key in names.items()})
+    have = keys.family({name: tuple(weight.shape) for name, weight in weights.items()})
+    parts = [f"{delta.name} does not fit the model; nothing was changed."]
+    for what, found in (("Missing in the delta", missing), ("Not in the model", unknown), ("Misshapen", misshapen)):
+        if found:
+            parts.append(f"{what} ({len(found)}): {keys.grouped(found)}.")
+    if len(unknown) == len(names):
+        parts.append("Not one name is common: these are the weights of something else than a UNet2DConditionModel.")
+    elif given != have:
+        parts.append(f"The delta is for {given}, the model is {have}: take the delta of that family.")
+    elif misshapen:
+        parts.append("The delta was made for a model of the same family with other layer sizes: check its base model.")
+    else:
+        parts.append("The delta is incomplete or from another version of the model: make or download it again.")
+    return " ".join(parts)
+
+
+def _scan(delta: WeightSource, edits: tuple[Edit, ...]) -> tuple[float, str]:
+    """Largest absolute value and a fingerprint of the content; refuses NaN and Inf. `aminmax` sees both."""
+    extremes = sorted(_extremes(delta, edits))
+    peaks = {name: max(abs(low), abs(high)) for name, low, high in extremes}
+    bad = [name for name, peak in peaks.items() if not peak < float("inf")]
+    if bad:
+        raise MergeError(
+            f"{delta.name} has NaN or Inf in {len(bad)} tensors: {keys.grouped(bad)}. Nothing was changed. It is "
+            "damaged, "
+            "or overflowed when it was stored in fp16: make or download it again."
+        )
+    return max(peaks.values(), default=0.0), hashlib.sha256(repr(extremes).encode()).hexdigest()
+
+
+def _extremes(delta: WeightSource, edits: tuple[Edit, ...]) -> Iterator[tuple[str, float, float]]:
+    for edit in edits:
+        tensor = delta[edit.key].detach()
+        if tensor.numel():
+            low, high = torch.aminmax(tensor if tensor.dtype in _FLOATS else tensor.float())
+            yield edit.name, low.item(), high.item()
+
+
+def check_range(plan: MergePlan, scale: float, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse (with `MergeError`) a scale so large that sums would overflow in the dtype of `weights`."""
+    limit = min((torch.finfo(weights[edit.name].dtype).max for edit in plan.edits), default=float("inf"))
+    if plan.largest * abs(scale) > limit / 2:
+        raise MergeError(
+            f"{plan.source.name} has values up to {plan.largest:.3g}; scaled by {scale:g} they would overflow the "
+            "model's dtype. Use a smaller scale, or load the model in fp32."
+        )

@@ -1,0 +1,250 @@
+"""Any kind of weights as one lazy mapping `{name: tensor}`: `open_weights(anything) -> WeightSource`."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.errors import WeightSourceError
+from perflow_diffusers.weights.locate import SHORT_NAMES, HubSpec, Located, locate, pickle_refused
+
+__all__ = ["SHORT_NAMES", "HubSpec", "WeightSource", "dtype_name", "open_weights"]
+
+#: torch dtype -> its name in a safetensors header.
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSource(Mapping[str, torch.Tensor]):
+    """A read-only mapping `{name: tensor}` that reads a tensor when it is asked for it.
+
+    `shapes` and `dtypes` know every tensor without reading it; `metadata` (str -> str) is what the file's header says;
+    `kind` is "delta" (the header says so), "lora" (the names say so) or "weights" (anything else: complete weights,
+    or a delta without a header); `name` is where it came from, for people; `files` are the files it reads, none for
+    tensors in memory. Tensors of files are memory-mapped on the CPU: do not write to them.
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    read: Callable[[str], torch.Tensor] = field(repr=False)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """ "delta", "lora" or "weights"."""
+        if self.metadata.get("perflow_format", "").startswith("delta"):
+            return "delta"
+        return "lora" if keys.is_lora(self.shapes) else "weights"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        sizes = (torch.Size(shape).numel() * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+        return sum(sizes)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+
+def open_weights(
+    anything: Any,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> WeightSource:
+    """Open weights of any origin without reading their tensors.
+
+    `anything` is a state dict, a `.safetensors` file, the folder of a diffusers model (sharded too) or of a pipeline
+    (its `unet/`), a short name (a key of `SHORT_NAMES`), a Hub id, a model, or a pipeline. A local path wins over a
+    short name, a short name over the Hub. `revision`, `variant`, `subfolder`, `token` and `local_files_only` mean
+    what they mean in diffusers; state dicts and models ignore them.
+
+    Raises `WeightSourceError` (a ValueError) for what cannot be found, is damaged, or is a pickle.
+    """
+    if isinstance(anything, WeightSource):
+        return anything
+    if isinstance(anything, str | os.PathLike):
+        located = locate(
+            anything,
+            revision=revision,
+            variant=variant,
+            subfolder=subfolder,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        return _from_files(located)
+    if isinstance(anything, Mapping):
+        return _from_tensors(anything, "a state dict")
+    module = anything if isinstance(anything, torch.nn.Module) else getattr(anything, "unet", None)
+    if isinstance(module, torch.nn.Module):
+        return _from_module(module)
+    raise WeightSourceError(
+        f"Cannot read weights from {type(anything).__name__}. Pass a state dict, a .safetensors file, a folder, a "
+        "short "
+        f"name ({', '.join(sorted(SHORT_NAMES))}), a Hub id, a UNet or a pipeline."
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype in a safetensors header; raises `WeightSourceError` for one that the format cannot hold."""
+    if dtype not in DTYPE_NAMES:
+        raise WeightSourceError(f"safetensors files cannot hold {dtype}; convert to one of {', '.join(_DTYPES)}.")
+    return DTYPE_NAMES[dtype]
+
+
+def _from_module(module: torch.nn.Module) -> WeightSource:
+    """A live model, under canonical names, without the tensors of its adapters."""
+    state = module.state_dict()
+    plain, collisions = keys.canonical_map(state)
+    if collisions:
+        raise WeightSourceError(f"{type(module).__name__} has two tensors for one name: {collisions[0]}.")
+    offloaded = [name for name, key in plain.items() if state[key].is_meta]
+    if offloaded:
+        raise WeightSourceError(
+            f"{len(offloaded)} weights of the given {type(module).__name__} are offloaded (meta tensors), e.g. "
+            f"{offloaded[0]}. Pass it before offloading, or after `pipe.remove_all_hooks()`."
+        )
+    return _from_tensors({name: state[key].detach() for name, key in plain.items()}, type(module).__name__)
+
+
+def _from_tensors(tensors: Mapping[Any, Any], name: str) -> WeightSource:
+    nested = [key for key in ("state_dict", "model", "unet") if isinstance(tensors.get(key), Mapping)]
+    if nested:
+        raise WeightSourceError(
+            f"The given dict is nested: the weights seem to be under '{nested[0]}'. Pass that part."
+        )
+    wrong = [key for key, value in tensors.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))]
+    if wrong:
+        value = type(tensors[wrong[0]]).__name__
+        raise WeightSourceError(f"A state dict maps names to tensors, but {wrong[0]!r} of the given one is a {value}.")
+    held = MappingProxyType({key: value.detach() for key, value in tensors.items()})
+    shapes = {key: tuple(value.shape) for key, value in held.items()}
+    dtypes = {key: value.dtype for key, value in held.items()}
+    return WeightSource(name, MappingProxyType(shapes), MappingProxyType(dtypes), held.__getitem__)
+
+
+def _from_files(located: Located) -> WeightSource:
+    """One source of all files; with an index of shards, exactly the tensors that it names."""
+    parts = {path: _from_file(path) for path in located.files}
+    home = {name: part for part in parts.values() for name in part}
+    if located.key_files is not None:
+        absent = [name for name, path in located.key_files.items() if name not in parts[path]]
+        if absent:
+            raise WeightSourceError(
+                f"The shards of {located.name} lack tensors that the index names: {keys.grouped(absent)}. Download "
+                "them "
+                "again."
+            )
+        home = {name: parts[path] for name, path in located.key_files.items()}
+    metadata = dict(located.metadata)
+    for part in parts.values():
+        metadata.update(part.metadata)
+    return replace(
+        next(iter(parts.values())),
+        name=located.name,
+        shapes=MappingProxyType({name: part.shapes[name] for name, part in home.items()}),
+        dtypes=MappingProxyType({name: part.dtypes[name] for name, part in home.items()}),
+        read=lambda name: home[name].read(name),
+        metadata=MappingProxyType(metadata),
+        files=located.files,
+    )
+
+
+def _from_file(path: Path) -> WeightSource:
+    """One safetensors file, memory-mapped; the header is checked against the file's size before anything is read."""
+    header = _header(path)
+    try:
+        handle = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
+    unknown = sorted({str(entry["dtype"]) for entry in header.values()} - set(_DTYPES))
+    if unknown:
+        raise WeightSourceError(f"{path} holds tensors of type {', '.join(unknown)}, which this version cannot read.")
+
+    def read(name: str) -> torch.Tensor:
+        try:
+            return handle.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise _damaged(path, f"{name}: {error}") from error
+
+    return WeightSource(
+        str(path),
+        MappingProxyType({name: tuple(entry["shape"]) for name, entry in header.items()}),
+        MappingProxyType({name: _DTYPES[entry["dtype"]] for name, entry in header.items()}),
+        read,
+        MappingProxyType(metadata),
+        (path,),
+    )
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, or an error that says what the file is instead."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            text = file.read(length) if 0 < length <= size - 8 else b""
+    except OSError as error:
+        raise WeightSourceError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
+    try:
+        header = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise _no_header(path, start) from error
+    expected = 8 + length + max(ends, default=0)
+    if expected != size:
+        what = "truncated" if expected > size else "longer than its header says"
+        raise _damaged(path, f"it is {what}: {size:,} bytes instead of {expected:,}")
+    return header
+
+
+def _no_header(path: Path, start: bytes) -> WeightSourceError:
+    """What a file is that starts like this and has no header."""
+    if start.startswith((b"PK", b"\x80")):
+        return WeightSourceError(pickle_refused(f"{path}, whatever its name says,"))
+    if start == b"version ":
+        return WeightSourceError(f"{path} is only a pointer to a file in Git LFS. Run `git lfs pull`, or download it.")
+    return _damaged(path, "no readable header")
+
+
+def _damaged(path: Path, what: str) -> WeightSourceError:
+    return WeightSourceError(f"{path} is not an intact safetensors file ({what}). Download or write it again.")

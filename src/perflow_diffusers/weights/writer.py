@@ -1,0 +1,226 @@
+"""Streaming, atomic safetensors files: tensors come one by one, a file appears only when it is complete."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from perflow_diffusers.weights.errors import WeightWriteError
+from perflow_diffusers.weights.source import dtype_name
+
+#: What a tensor will be, known before it exists: shape and dtype.
+Spec = tuple[tuple[int, ...], torch.dtype]
+Metadata = Mapping[str, str] | Callable[[], Mapping[str, str]]
+
+_SPARE = 4096  # bytes kept free in the header for metadata that is known only at the end
+
+
+def specs_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Spec]:
+    """`{name: (shape, dtype)}` of tensors that exist already."""
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def write_safetensors(
+    path: str | os.PathLike,
+    specs: Mapping[str, Spec],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Metadata | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write one safetensors file; at no time is more than one of the tensors needed.
+
+    `specs` says what will come, `tensors` yields each of these names exactly once, in any order. `metadata` (str ->
+    str) goes into the header; a function is called when all tensors are written and may add up to 4 kB to what it
+    returned at the start. The file is written under a temporary name in the same folder, synced, and renamed: if
+    anything fails, what was at `path` before is intact and nothing is left over.
+
+    Raises `WeightWriteError` (an OSError and a ValueError) if the folder is missing or read-only, the disk is too
+    small, or the file exists and `overwrite` is False; ValueError if `tensors` and `specs` disagree.
+    """
+    target = Path(path)
+    give_metadata = metadata if callable(metadata) else lambda: metadata or {}
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in specs.items()}
+    offsets = _offsets(specs, sizes)
+    header = _render(specs, offsets, give_metadata(), spare=_SPARE if callable(metadata) else 0)
+    check_target(target, sum(sizes.values()) + len(header), overwrite=overwrite)
+    with _temporary(target) as (temporary, file):
+        file.write(header)
+        _write_tensors(file, len(header), specs, offsets, tensors)
+        if callable(metadata):
+            file.seek(0)
+            file.write(_render(specs, offsets, give_metadata(), length=len(header)))
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    return target
+
+
+def write_folder(
+    folder: str | os.PathLike,
+    specs: Mapping[str, Spec],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Metadata | None = None,
+    *,
+    max_shard_size: int,
+    overwrite: bool = False,
+) -> Path:
+    """Write shards of at most `max_shard_size` bytes and their index, named as in diffusers; returns the index.
+
+    `tensors` must come in the order of `specs`. A tensor larger than `max_shard_size` gets a shard of its own. The
+    metadata stands in the index, which is written last: a reader never sees an incomplete set. Errors as in
+    `write_safetensors`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _shards(specs, max_shard_size)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    total = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs.values())
+    check_target(index, total, overwrite=overwrite)
+    stream, weight_map = iter(tensors), {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
+        part = islice(stream, len(shard))
+        write_safetensors(folder / name, shard, part, {"format": "pt"}, overwrite=overwrite)
+        weight_map.update(dict.fromkeys(shard, name))
+    for extra, _ in stream:
+        raise ValueError(f"Got {extra}, which was not announced.")
+    final = metadata() if callable(metadata) else metadata or {}
+    content = {"metadata": {"total_size": total, **final}, "weight_map": weight_map}
+    with _temporary(index) as (temporary, file):
+        file.write(json.dumps(content, indent=2).encode())
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(temporary, index)
+        _sync_folder(folder)
+    return index
+
+
+def check_target(target: Path, nbytes: int, *, overwrite: bool) -> None:
+    """Raise `WeightWriteError` if `nbytes` cannot be written to `target`, before any work is done."""
+    if os.path.isdir(target):
+        raise WeightWriteError(
+            f"{target} is a folder. Pass the name of a file in it, e.g. {target / 'delta.safetensors'}."
+        )
+    if os.path.exists(target) and not overwrite:
+        raise WeightWriteError(f"{target} exists. Pass overwrite=True to replace it, or another name.")
+    if not target.parent.is_dir():
+        raise WeightWriteError(f"There is no folder {target.parent} to write {target.name} to. Create it first.")
+    free = shutil.disk_usage(target.parent).free
+    if nbytes > free:
+        raise WeightWriteError(
+            f"{target} needs {nbytes:,} bytes, but its disk has {free:,} left. Free some, or write elsewhere."
+        )
+
+
+@contextmanager
+def _temporary(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """An open file beside `target` that is gone afterwards unless it was renamed."""
+    temporary = target.with_name(f".perflow-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield temporary, file
+    except OSError as error:
+        if isinstance(error, WeightWriteError):
+            raise
+        raise WeightWriteError(
+            f"{target} could not be written ({error.strerror or error}); what was there before is unchanged. Free "
+            "some "
+            "space, or write to a folder where you may."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where the system can."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def _offsets(specs: Mapping[str, Spec], sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Byte ranges behind the header, widest types first, so that every tensor stays aligned."""
+    offsets, position = {}, 0
+    for name in sorted(specs, key=lambda name: -specs[name][1].itemsize):
+        offsets[name] = (position, position + sizes[name])
+        position += sizes[name]
+    return offsets
+
+
+def _render(
+    specs: Mapping[str, Spec],
+    offsets: Mapping[str, tuple[int, int]],
+    metadata: Mapping[str, str],
+    *,
+    spare: int = 0,
+    length: int | None = None,
+) -> bytes:
+    """Length and JSON of a header, padded with blanks to a multiple of 8 (or to `length` bytes in all)."""
+    wrong = [key for key, value in metadata.items() if not (isinstance(key, str) and isinstance(value, str))]
+    if wrong:
+        raise ValueError(f"Header metadata must be strings, but {wrong[0]!r} is not. Use str() or json.dumps().")
+    content: dict = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, (start, end) in offsets.items():
+        shape, dtype = specs[name]
+        content[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    wanted = length - 8 if length is not None else -(-(len(text) + spare) // 8) * 8
+    if len(text) > wanted:
+        raise ValueError(f"Metadata grew by {len(text) - wanted} bytes more than the header has room for.")
+    return wanted.to_bytes(8, "little") + text.ljust(wanted)
+
+
+def _write_tensors(
+    file: BinaryIO,
+    start: int,
+    specs: Mapping[str, Spec],
+    offsets: Mapping[str, tuple[int, int]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> None:
+    left = set(specs)
+    for name, tensor in tensors:
+        if name not in left or (tuple(tensor.shape), tensor.dtype) != specs[name]:
+            given = f"{name} {tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"Got {given}, expected {specs.get(name, 'no such tensor')}, each name once.")
+        left.remove(name)
+        if tensor.numel():
+            file.seek(start + offsets[name][0])
+            file.write(tensor_bytes(tensor))
+    if left:
+        raise ValueError(f"{len(left)} announced tensors never came, e.g. {min(left)}.")
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order; no copy if it is contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def _shards(specs: Mapping[str, Spec], limit: int) -> list[dict[str, Spec]]:
+    """Split in order; each part at most `limit` bytes, at least one tensor."""
+    if limit < 1:
+        raise ValueError(f"max_shard_size={limit} bytes is too small. Pass a positive number of bytes.")
+    shards: list[dict[str, Spec]] = [{}]
+    used = 0
+    for name, (shape, dtype) in specs.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if shards[-1] and used + size > limit:
+            shards.append({})
+            used = 0
+        shards[-1][name] = (shape, dtype)
+        used += size
+    return shards

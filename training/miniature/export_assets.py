@@ -1,0 +1,50 @@
+"""Writes trained parts of the miniature, in fp16, to where the package embeds them.
+
+    python export_assets.py --base runs/miniature/base --thumbs runs/miniature/thumbs --delta runs/miniature/perflow/perflow.safetensors
+
+Each part is optional: the base is exported before the delta is trained, so that the delta belongs to the fp16 weights.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from perflow_diffusers.miniature import miniature_folder
+from pictures import load_pictures
+
+
+def export_base(source: Path, out: Path) -> None:
+    """The pipeline in fp16, with the sampler that its reference pictures come from."""
+    pipe = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    shutil.rmtree(out, ignore_errors=True)
+    pipe.save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, help="folder of the trained base pipeline")
+    parser.add_argument("--thumbs", type=Path, help="folder of the fine-tuned pipeline")
+    parser.add_argument("--delta", type=Path, help="safetensors file of the accelerator")
+    parser.add_argument("--out", type=Path, default=miniature_folder(), help="folder of the embedded weights")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    prompts = {style: load_pictures(style, "test").captions for style in ("avatars", "thumbs")}
+    (args.out / "prompts.json").write_text(json.dumps(prompts, indent=0) + "\n")
+    if args.base:
+        export_base(args.base, args.out / "avatars")
+    if args.thumbs:
+        unet = UNet2DConditionModel.from_pretrained(args.thumbs, subfolder="unet", torch_dtype=torch.float16)
+        unet.save_pretrained(args.out / "thumbs" / "unet")
+    if args.delta:
+        (args.out / "delta").mkdir(exist_ok=True)
+        shutil.copy(args.delta, args.out / "delta" / "perflow.safetensors")
+    total = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    print(f"{args.out}: {total / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
