@@ -176,6 +176,14 @@ def test_both_keys_may_be_given():
     assert (changed.config.prediction_type, changed.config.perflow_type) == ("v_prediction", "ddim_eps")
 
 
+def test_two_types_that_differ_are_refused():
+    stock = ORIGINALS["sd21"]().config
+    with pytest.raises(ValueError, match="contradict"):
+        PeRFlowScheduler.from_config(stock, prediction_type="ddim_eps", perflow_type="velocity")
+    same = PeRFlowScheduler.from_config(stock, prediction_type="ddim_eps", perflow_type="ddim_eps")
+    assert (same.config.prediction_type, same.config.perflow_type) == ("v_prediction", "ddim_eps")
+
+
 def test_a_scheduler_made_directly_hands_its_noise_schedule_on():
     back = DDIMScheduler.from_config(PeRFlowScheduler(prediction_type="ddim_eps").config)
     assert (back.config.beta_schedule, back.config.beta_start) == ("scaled_linear", 0.00085)

@@ -1,5 +1,7 @@
 """PeRFlowScheduler inside stock StableDiffusionPipeline and StableDiffusionImg2ImgPipeline."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
@@ -20,7 +22,7 @@ def pipe(tiny_pipeline):
 def calls(tiny_components):
     """The timesteps that the UNet is called with."""
     seen = []
-    handle = tiny_components[0].register_forward_pre_hook(lambda module, args: seen.append(args[1].item()))
+    handle = tiny_components[0].register_forward_pre_hook(lambda module, args: seen.append(int(args[1])))
     yield seen
     handle.remove()
 
@@ -37,7 +39,7 @@ def draw(pipe, embeddings, **options):
 def by_hand(pipe, embeddings, z, points):
     """Guided sampling over falling timesteps, in float64 outside the network."""
     text = torch.cat([embeddings["negative_prompt_embeds"], embeddings["prompt_embeds"]])
-    for t, t_next in zip(points, points[1:], strict=False):
+    for t, t_next in pairwise(points):
         plain, guided = pipe.unet(torch.cat([z, z]).float(), t, text).sample.chunk(2)
         start, end = pipe.scheduler.windows.span(t, t_next)
         a, b = euler(pipe.scheduler.path, "ddim_eps", start, end, t, t_next)
@@ -89,7 +91,7 @@ def test_save_and_load(pipe, embeddings, tmp_path):
     expected = draw(pipe, embeddings, latents=latents(), num_inference_steps=5)
     pipe.save_pretrained(tmp_path)
     for loader in (StableDiffusionPipeline, DiffusionPipeline):
-        loaded = loader.from_pretrained(tmp_path)
+        loaded = loader.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
         loaded.set_progress_bar_config(disable=True)
         assert type(loaded.scheduler) is PeRFlowScheduler
         assert loaded.scheduler.config.perflow_type == "ddim_eps"

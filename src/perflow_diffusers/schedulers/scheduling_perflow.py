@@ -106,13 +106,16 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         )
         check_prediction_type(self._type, self.path)
         defaulted = self.config.get("_use_default_values", [])
-        num_windows = None if "num_time_windows" in defaulted and window_boundaries is not None else num_time_windows
-        self.windows = _windows(num_train_timesteps, t_noise, t_clean, num_windows, window_boundaries)
+        known = {*NETWORK_FACTS, "perflow_type"}
+        if window_boundaries is not None:
+            known.add("num_time_windows")
+        count = None if "num_time_windows" in known.intersection(defaulted) else num_time_windows
+        self.windows = _windows(num_train_timesteps, t_noise, t_clean, count, window_boundaries)
         self.register_to_config(
             prediction_type=base_type,
             perflow_type=self._type,
             num_time_windows=self.windows.num_windows,
-            _use_default_values=[k for k in defaulted if k not in (*NETWORK_FACTS, "perflow_type")],
+            _use_default_values=[k for k in defaulted if k not in known],
         )
         # The names under which pipelines look the noise schedule up.
         self.alphas_cumprod = (self.path.alpha[1:] ** 2).float()
@@ -137,9 +140,10 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         if not isinstance(config, dict):
             return super().from_config(config, return_unused_kwargs, **kwargs)
+        given = kwargs.get("prediction_type")
         stock_type = config.get("prediction_type") not in PREDICTION_TYPES
-        if stock_type and kwargs.get("prediction_type") in PREDICTION_TYPES:
-            kwargs.setdefault("perflow_type", kwargs.pop("prediction_type"))
+        if stock_type and given in PREDICTION_TYPES and kwargs.get("perflow_type") in (None, given):
+            kwargs["perflow_type"] = kwargs.pop("prediction_type")
         facts = {k: config[k] for k in NETWORK_FACTS if k in config and k not in kwargs}
         scheduler, unused = cast(tuple, super().from_config(config, return_unused_kwargs=True, **facts, **kwargs))
         # A default of the source stays one, so that the next scheduler does with it what it does with the source's.

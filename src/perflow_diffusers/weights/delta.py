@@ -28,8 +28,7 @@ class Delta(WeightSource):
     def __str__(self) -> str:
         return (
             f"{self.name}: {len(self)} tensors, {self.nbytes / 2**20:.1f} MiB, {100 * self.relative_norm:.2f} % of "
-            "the "
-            f"base's norm, {len(self.identical)} tensors identical"
+            f"the base's norm, {len(self.identical)} tensors identical"
         )
 
 
@@ -197,8 +196,7 @@ def _check_pair(
     if problems:
         raise DeltaError(
             f"{tuned.name} minus {base.name} is not defined. Tensors {'; '.join(problems)}. Both must be weights of "
-            "the "
-            "same network: take the base that the tuned model was trained from."
+            "the same network: take the base that the tuned model was trained from."
         )
 
 

@@ -85,9 +85,9 @@ def locate(
         return _from_hub(place, token, local_files_only)
     if path.suffix in (".safetensors", *PICKLES) or not _HUB_ID.fullmatch(text):
         raise WeightSourceError(
-            f"No file, folder or known weights are called '{text}' (working folder: {Path.cwd()}). Pass a state "
-            "dict, a "
-            f".safetensors file, a folder, a Hub id ('owner/name') or a short name: {', '.join(sorted(SHORT_NAMES))}."
+            f"No file, folder or known weights are called '{text}' (working folder: {Path.cwd()}). Pass a state dict, "
+            "a .safetensors file, a folder, a Hub id ('owner/name') or a short name: "
+            f"{', '.join(sorted(SHORT_NAMES))}."
         )
     return _from_hub(HubSpec(text, revision, variant, subfolder), token, local_files_only)
 
@@ -122,10 +122,9 @@ def pickle_refused(where: str) -> str:
     """The sentence that refuses a pickle and says how to convert it."""
     return (
         f"{where} is a pickle ({', '.join(PICKLES)}): loading one can run any code, so it is refused. Convert it "
-        "once, "
-        "where you trust its author: a single file with `safetensors.torch.save_file(torch.load(file, "
-        "weights_only=True), 'new.safetensors')`, a diffusers folder with `UNet2DConditionModel.from_pretrained("
-        "folder, use_safetensors=False).save_pretrained(new_folder)`."
+        "once, where you trust its author: a single file with `safetensors.torch.save_file(torch.load(file, "
+        "weights_only=True), 'new.safetensors')`, a diffusers folder with "
+        "`UNet2DConditionModel.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)`."
     )
 
 
@@ -173,9 +172,8 @@ def _choose(names: list[str], where: str, variant: str | None) -> str:
         matching = [name for name in matching if not name.endswith(".json")]
     if len(matching) != 1:
         raise WeightSourceError(
-            f"{where} has {len(matching) or 'no'} weights {hint}; it offers {', '.join(found)}. Pass the file "
-            "itself, or "
-            "`variant=` (the part of the name before .safetensors)."
+            f"{where} has {len(matching) or 'no'} weights {hint}; it offers {', '.join(found)}. Pass the file itself, "
+            "or `variant=` (the part of the name before .safetensors)."
         )
     return matching[0]
 
@@ -195,8 +193,7 @@ def _nothing_found(names: list[str], where: str) -> str:
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
     return (
         f"{where} holds no safetensors weights (it holds: {shown}). Pass the folder of a diffusers UNet, of a "
-        "pipeline, or "
-        "a .safetensors file."
+        "pipeline, or a .safetensors file."
     )
 
 
@@ -213,8 +210,7 @@ def _from_hub(spec: HubSpec, token: str | bool | None, local_files_only: bool) -
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError) as error:
         raise WeightSourceError(
             f"The Hub has no '{spec.repo_id}' (revision {spec.revision or 'main'}) for you. Check the spelling; "
-            "private "
-            "and gated repositories need `token=` or `hf auth login`."
+            "private and gated repositories need `token=` or `hf auth login`."
         ) from error
     except Exception as error:
         located = _from_cache(spec, where, error)

@@ -109,8 +109,7 @@ class MergeHandle:
             later = ", ".join(layer.plan.source.name for layer in reversed(above))
             raise MergeError(
                 f"{self.plan.source.name} is not the last merge on this UNet: merged after it, and to be undone "
-                "before "
-                f"it: {later}. (`set_scale(0)` switches it off where it is.)"
+                f"before it: {later}. (`set_scale(0)` switches it off where it is.)"
             )
         _undo_last(unet, force)
 
@@ -172,8 +171,7 @@ def merge_delta(
     if any(plan.fingerprint == other.fingerprint for other in _merged_plans(stack)):
         warnings.warn(
             f"{plan.source.name} is merged into this UNet already; now it counts twice. Use `unmerge_delta` before, "
-            "or "
-            "`set_delta_scale` to change its strength.",
+            "or `set_delta_scale` to change its strength.",
             UserWarning,
             stacklevel=2,
         )
@@ -244,13 +242,13 @@ def _merge_layer(
     new = {name: weights[name] for name in names if name not in stack.base}
     saved = save_bits(new, backup)
     layer = Layer(stack.count, plan, scale)
+    stack.count += 1
     stack.base.update(saved.tensors)
     stack.saved.append(saved)
     try:
         write_layers(stack, [*stack.layers, layer], weights, names)
     finally:
         drop_unused(stack)
-    stack.count += 1
     return layer.number, saved.nbytes
 
 

@@ -120,8 +120,7 @@ _OFFLOADED = (
 _FP8 = "Merge first and enable layerwise casting afterwards, or load the model in fp16 or bf16."
 _QUANTISED = (
     "Adding to them is lost or wrong. Load the model in fp16 or bf16, merge, and quantise afterwards "
-    "(`unet.dequantize()`"
-    " helps where the quantiser has it), or use the accelerator as a LoRA."
+    "(`unet.dequantize()` helps where the quantiser has it), or use the accelerator as a LoRA."
 )
 
 
@@ -164,8 +163,7 @@ def _checked_names(delta: WeightSource) -> dict[str, str]:
     if wrong:
         raise MergeError(
             f"{delta.name} holds tensors that are not floating point: {', '.join(wrong[:4])}. Convert the delta to "
-            "fp16, "
-            "bf16 or fp32 first."
+            "fp16, bf16 or fp32 first."
         )
     return names
 
@@ -240,8 +238,7 @@ def _scan(delta: WeightSource, edits: tuple[Edit, ...]) -> tuple[float, str]:
     if bad:
         raise MergeError(
             f"{delta.name} has NaN or Inf in {len(bad)} tensors: {keys.grouped(bad)}. Nothing was changed. It is "
-            "damaged, "
-            "or overflowed when it was stored in fp16: make or download it again."
+            "damaged, or overflowed when it was stored in fp16: make or download it again."
         )
     return max(peaks.values(), default=0.0), hashlib.sha256(repr(extremes).encode()).hexdigest()
 

@@ -117,8 +117,7 @@ def open_weights(
         return _from_module(module)
     raise WeightSourceError(
         f"Cannot read weights from {type(anything).__name__}. Pass a state dict, a .safetensors file, a folder, a "
-        "short "
-        f"name ({', '.join(sorted(SHORT_NAMES))}), a Hub id, a UNet or a pipeline."
+        f"short name ({', '.join(sorted(SHORT_NAMES))}), a Hub id, a UNet or a pipeline."
     )
 
 
@@ -169,8 +168,7 @@ def _from_files(located: Located) -> WeightSource:
         if absent:
             raise WeightSourceError(
                 f"The shards of {located.name} lack tensors that the index names: {keys.grouped(absent)}. Download "
-                "them "
-                "again."
+                "them again."
             )
         home = {name: parts[path] for name, path in located.key_files.items()}
     metadata = dict(located.metadata)

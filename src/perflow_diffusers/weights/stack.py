@@ -118,11 +118,9 @@ def check_unchanged(stack: MergeStack, weights: Mapping[str, torch.Tensor]) -> N
     if changed:
         raise MergeError(
             f"{len(changed)} of {len(stack.marks)} merged weights have changed since the merge: "
-            f"{keys.grouped(changed)}. "
-            "Something else wrote to them (fuse_lora, load_state_dict, training), and this would overwrite it. Undo "
-            "that "
-            "first (`pipe.unfuse_lora()`), or pass force=True to `unmerge_delta`: it restores the weights from before "
-            "the merge."
+            f"{keys.grouped(changed)}. Something else wrote to them (fuse_lora, load_state_dict, training), and this "
+            "would overwrite it. Undo that first (`pipe.unfuse_lora()`), or pass force=True to `unmerge_delta`: it "
+            "restores the weights from before the merge."
         )
 
 

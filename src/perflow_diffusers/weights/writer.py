@@ -135,8 +135,7 @@ def _temporary(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
             raise
         raise WeightWriteError(
             f"{target} could not be written ({error.strerror or error}); what was there before is unchanged. Free "
-            "some "
-            "space, or write to a folder where you may."
+            "some space, or write to a folder where you may."
         ) from error
     finally:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None

@@ -1,0 +1,45 @@
+# make demo   few-step pictures from the embedded miniature pipeline, before and after
+# make test   the tests
+# make lint   ruff, types, import contracts
+# make miniature   trains everything that is embedded, from the committed pictures (about 2.5 hours on 2 cores)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint miniature quality clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp an extra: the demo needs neither the tests' nor the linters' packages.
+$(VENV)/.demo: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing perflow-diffusers into $(VENV) (torch and diffusers: a few minutes the first time)"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing perflow-diffusers and its test tools into $(VENV)"
+	$(PIP) -e ".[dev]"
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/perflow demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=training $(BIN)/lint-imports
+
+miniature: $(VENV)/.dev
+	$(BIN)/python training/miniature/make_miniature.py
+
+quality: $(VENV)/.dev
+	$(BIN)/python benchmarks/miniature_quality.py
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info

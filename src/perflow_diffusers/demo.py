@@ -1,0 +1,200 @@
+"""The demonstration: one picture that puts few steps beside many, on the embedded miniature pipeline."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from perflow_diffusers.miniature import MINIATURE_GUIDANCE, load_miniature, miniature_prompts
+from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
+from perflow_diffusers.weights import merge_delta
+
+#: stock samplers, each with the timestep spacing and last sigma that suit it best on the miniature at few steps
+STOCK: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
+    "Euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "DPM-Solver++": ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}),
+    "UniPC": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}),
+}
+SCALE = 4  # how many times a picture is enlarged, by repeating its pixels
+LABEL = 236  # width of the column of labels
+HEADER = 88  # height of a row of prompts
+
+
+class DemoError(ValueError):
+    """A prompt that cannot be drawn or a path that cannot be written."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the picture: `pictures` (N, 3, H, W) in 0..1 of `prompts`, and what it cost."""
+
+    label: str
+    pictures: torch.Tensor
+    evaluations: int
+    milliseconds: float
+    distance: float | None
+    prompts: tuple[str, ...]
+
+
+def stock_scheduler(name: str, config: Any) -> Any:
+    """A diffusers scheduler of `STOCK` for a pipeline's scheduler config."""
+    import diffusers
+
+    kind, options = STOCK[name]
+    return getattr(diffusers, kind).from_config(config, **options)
+
+
+def perflow_scheduler(config: Any, metadata: Any) -> PeRFlowScheduler:
+    """PeRFlow's scheduler for a pipeline's scheduler config and what a delta's header says of its training."""
+    return PeRFlowScheduler.from_config(
+        config,
+        prediction_type=metadata["prediction_type"],
+        num_time_windows=int(metadata["num_time_windows"]),
+    )
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], latents: torch.Tensor, steps: int, guidance_scale: float
+) -> tuple[torch.Tensor, float]:
+    """Pictures (N, 3, H, W) in 0..1 and the milliseconds that one of them took."""
+    begin = time.perf_counter()
+    pictures = pipe(
+        prompt=list(prompts),
+        latents=latents,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        output_type="pt",
+    ).images
+    return pictures, 1000 * (time.perf_counter() - begin) / len(prompts)
+
+
+def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
+    """Raises DemoError for a prompt that is empty or longer than the text encoder reads."""
+    limit = pipe.tokenizer.model_max_length
+    for prompt in prompts:
+        if not prompt.strip():
+            raise DemoError('A prompt is empty. Describe a person: "a person with red hair and glasses".')
+        count = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        if count > limit:
+            raise DemoError(
+                f"A prompt of {len(prompt)} characters has {count} tokens, and the miniature reads {limit}: "
+                f'"{prompt[:40]}...". Shorten it to one plain sentence.'
+            )
+
+
+def check_output(path: Path) -> None:
+    """Raises DemoError unless a PNG can be written to `path`."""
+    folder = path.parent
+    if path.suffix.lower() != ".png":
+        raise DemoError(f"The output {path} is not a .png file. Choose a name that ends in .png.")
+    if path.is_dir():
+        raise DemoError(f"The output {path} is a folder. Choose a file name in it.")
+    if not folder.is_dir():
+        raise DemoError(f"The folder {folder} does not exist. Create it, or choose another output with --out.")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise DemoError(f"{path} cannot be written. Choose another output with --out.")
+
+
+def draw_rows(
+    prompts: Sequence[str] | None, columns: int, seed: int, on_row: Callable[[Row], None] | None = None
+) -> list[Row]:
+    """All rows of the demonstration, from the same noise down each column.
+
+    Raises DemoError for prompts that cannot be drawn.
+    """
+    rows: list[Row] = []
+    for checkpoint in ("avatars", "thumbs"):
+        pipe = load_miniature(checkpoint)
+        pipe.set_progress_bar_config(leave=False)
+        own = prompts if prompts and checkpoint == "avatars" else None
+        texts = tuple(own) if own else tuple(miniature_prompts(len(prompts or ()) or columns, seed, checkpoint))
+        check_prompts(pipe, texts)
+        latents = torch.randn(len(texts), 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        _checkpoint_rows(pipe, checkpoint, texts, latents, rows, on_row)
+    return rows
+
+
+def _checkpoint_rows(
+    pipe: Any,
+    checkpoint: str,
+    prompts: tuple[str, ...],
+    latents: torch.Tensor,
+    rows: list[Row],
+    on_row: Callable[[Row], None] | None,
+) -> None:
+    reference: list[torch.Tensor] = []
+    name = "base" if checkpoint == "avatars" else "fine-tuned"
+
+    def add(label: str, steps: int, guidance_scale: float) -> None:
+        pipe.set_progress_bar_config(desc=f"{name}, {label}", leave=False)
+        pictures, milliseconds = sample(pipe, prompts, latents, steps, guidance_scale)
+        distance = float(((pictures - reference[0]) * 2).pow(2).mean()) if reference else None
+        reference.append(pictures)
+        evaluations = steps * (2 if guidance_scale > 1 else 1)
+        rows.append(Row(f"{name}: {label}", pictures, evaluations, milliseconds, distance, prompts))
+        if on_row is not None:
+            on_row(rows[-1])
+
+    config = pipe.scheduler.config
+    add("100 steps", 100, MINIATURE_GUIDANCE)
+    for stock in ("DDIM", "DPM-Solver++", "UniPC") if checkpoint == "avatars" else ("DPM-Solver++",):
+        pipe.scheduler = stock_scheduler(stock, config)
+        add(f"{stock}, 4 steps", 4, MINIATURE_GUIDANCE)
+    with merge_delta(pipe, "miniature") as merged:
+        pipe.scheduler = perflow_scheduler(config, merged.metadata)
+        for steps in (4, 8) if checkpoint == "avatars" else (4,):
+            add(f"PeRFlow, {steps} steps", steps, 1.0)
+
+
+def compose(rows: Sequence[Row]) -> Image.Image:
+    """One labelled picture of all rows; pictures are enlarged without blur."""
+    count, height = len(rows[0].pictures), rows[0].pictures.shape[-1] * SCALE
+    groups = [i for i, row in enumerate(rows) if i == 0 or row.prompts != rows[i - 1].prompts]
+    canvas = Image.new("RGB", (LABEL + count * (height + 4), len(rows) * (height + 4) + len(groups) * HEADER), "white")
+    pen = ImageDraw.Draw(canvas)
+    bold, small = ImageFont.load_default(17), ImageFont.load_default(13)
+    y = 0
+    for i, row in enumerate(rows):
+        if i in groups:
+            for column, prompt in enumerate(row.prompts):
+                lines = _wrap(pen, prompt, small, height, most=5)
+                pen.multiline_text((LABEL + column * (height + 4), y + HEADER - 4), lines, "black", small, anchor="ld")
+            y += HEADER
+        name, _, what = row.label.partition(": ")
+        facts = f"{row.evaluations} evaluations"
+        facts += f"\nerror {row.distance:.3f}" if row.distance is not None else "\nthe reference"
+        pen.text((8, y + 22), what, "black", bold)
+        pen.multiline_text((8, y + 48), f"{name} checkpoint\n{facts}", "gray", small)
+        for column, picture in enumerate(row.pictures):
+            pixels = (picture * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+            enlarged = Image.fromarray(pixels).resize((height, height), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (LABEL + column * (height + 4), y))
+        y += height + 4
+    return canvas
+
+
+def _wrap(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int, most: int) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.textlength(longer, font) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    kept = [line for line in lines if line][:most]
+    return "\n".join(kept) + (" ..." if len(lines) > most else "")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Evaluations, time and error of every row, as text."""
+    lines = [f"{'':34}{'evaluations':>12}{'ms a picture':>14}{'error':>9}"]
+    for row in rows:
+        error = "" if row.distance is None else f"{row.distance:.4f}"
+        lines.append(f"{row.label:34}{row.evaluations:>12}{row.milliseconds:>14.1f}{error:>9}")
+    return "\n".join(lines)

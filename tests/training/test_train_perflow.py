@@ -1,0 +1,97 @@
+"""The whole run on the embedded miniature: options in, student and delta out."""
+
+import json
+import sys
+
+import pytest
+import torch
+import train_perflow
+from diffusers import UNet2DConditionModel
+from perflow_diffusers import PeRFlowScheduler, load_miniature, merge_delta
+from perflow_diffusers.miniature import miniature_folder
+from perflow_diffusers.weights import open_weights
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a person with red hair\na happy person with glasses on a blue background\n")
+
+    def start(*words):
+        options = [
+            f"pretrained_model_name_or_path={miniature_folder() / 'avatars'}",
+            f"train_captions={captions}",
+            f"output_dir={tmp_path / 'out'}",
+            "solve_batch_size=2",
+            "solver_steps=2",
+            "train_batch_size=4",
+            "logging_steps=1",
+            *words,
+        ]
+        monkeypatch.setattr(sys, "argv", ["train_perflow.py", *options])
+        train_perflow.main()
+        return tmp_path / "out"
+
+    return start
+
+
+def test_student_delta_and_log_come_out(run):
+    out = run("max_train_steps=3", "guidance_scale=7.5", "ema_decay=0.0", "lr_warmup_steps=0", "window_weights=measured")
+    student = UNet2DConditionModel.from_pretrained(out / "unet").state_dict()
+    delta = open_weights(out / "perflow.safetensors")
+    assert delta.metadata["prediction_type"] == "ddim_eps"
+    assert (delta.metadata["num_time_windows"], json.loads(delta.metadata["recommended_steps"])) == ("4", [4, 8])
+    assert json.loads(delta.metadata["guidance_scale"]) == 7.5
+    pipe = load_miniature()
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    moved = max(float((student[name] - before[name]).abs().max()) for name in student)
+    assert moved > 1e-5
+    merge_delta(pipe, out / "perflow.safetensors")
+    for name, tensor in pipe.unet.state_dict().items():
+        rounding = (student[name] - before[name]).abs() * 2**-11 + 2**-24
+        assert ((tensor - student[name]).abs() <= rounding + 1e-7 * student[name].abs()).all(), name
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert all(len(step["loss"]) == 4 for step in steps)
+
+
+def test_a_student_that_does_not_move_is_the_teacher(run):
+    """With learning_rate 0 the delta is zero, and sampling is the untouched network under PeRFlow's rule."""
+    out = run("max_train_steps=2", "learning_rate=0.0")
+    student = UNet2DConditionModel.from_pretrained(out / "unet").state_dict()
+    assert all(torch.equal(student[name], tensor) for name, tensor in load_miniature().unet.state_dict().items())
+
+
+def test_training_lowers_the_loss_it_reports(run):
+    """More steps on one caption's windows, all kept: the student learns them."""
+    out = run("max_train_steps=30", "reuse=1000", "timestep_starts=1.0", "learning_rate=1e-3", "lr_warmup_steps=0",
+              "lr_scheduler=constant", "caption_dropout=0.0", "train_batch_size=16", "guidance_scale=7.5")  # fmt: skip
+    losses = [sum(json.loads(line)["loss"]) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_noised_data_as_starting_points(run, tmp_path):
+    from pathlib import Path
+
+    parquet = Path(train_perflow.__file__).parent / "miniature" / "data" / "thumbs-test.parquet"
+    out = run("max_train_steps=1", f"train_captions={parquet}", "train_images=true", "data_starts=1.0")
+    assert json.loads((out / "log.jsonl").read_text())["solved"] == 4 // 4 * 4  # one window a sample, not four
+
+
+@pytest.mark.parametrize("words", [["max_train_steps=0"], ["nonsense=1"], ["train_captions=/no/such/file"]])
+def test_wrong_options_end_with_a_message_and_code_2(run, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    assert stop.value.code == 2
+    assert words[0].split("=")[0] in capsys.readouterr().err
+
+
+def test_scheduler_of_the_trained_type_comes_from_the_header(run):
+    out = run("max_train_steps=1", "prediction_type=velocity", "num_time_windows=2")
+    header = open_weights(out / "perflow.safetensors").metadata
+    scheduler = PeRFlowScheduler.from_config(
+        load_miniature().scheduler.config,
+        prediction_type=header["prediction_type"],
+        num_time_windows=int(header["num_time_windows"]),
+    )
+    assert (scheduler.config.perflow_type, scheduler.config.num_time_windows) == ("velocity", 2)

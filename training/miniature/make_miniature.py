@@ -1,0 +1,56 @@
+"""Trains and embeds everything: autoencoder, base pipeline, second checkpoint, accelerator, classifier.
+
+    python training/miniature/make_miniature.py              # all of it, about two hours on two cores
+    python training/miniature/make_miniature.py --only thumbs perflow
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RUNS = ROOT / "runs" / "miniature"
+
+#: stage -> its commands, in order
+STAGES = {
+    "classifier": [[HERE / "attributes.py"]],
+    "vae": [
+        [HERE / "train_autoencoder.py", "--steps", 1900, "--out", RUNS / "vae-first"],
+        [HERE / "train_autoencoder.py", "--steps", 1500, "--learning-rate", 1.5e-3, "--seed", 1,
+         "--init", RUNS / "vae-first", "--out", RUNS / "vae"],
+    ],
+    "base": [
+        [HERE / "train_base.py", "--vae", RUNS / "vae", "--steps", 13000, "--out", RUNS / "base"],
+        [HERE / "export_assets.py", "--base", RUNS / "base"],
+    ],
+    "thumbs": [
+        [HERE / "train_base.py", "--init", RUNS / "base", "--style", "thumbs", "--steps", 1200,
+         "--learning-rate", 3e-4, "--out", RUNS / "thumbs"],
+        [HERE / "export_assets.py", "--thumbs", RUNS / "thumbs"],
+    ],
+    "perflow": [
+        [ROOT / "training" / "train_perflow.py", "--config", ROOT / "training" / "configs" / "miniature.yaml"],
+        [HERE / "export_assets.py", "--delta", RUNS / "perflow" / "perflow.safetensors"],
+    ],
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=tuple(STAGES), help="run these stages, in the order of the recipe")
+    args = parser.parse_args()
+    for stage, commands in STAGES.items():
+        if args.only and stage not in args.only:
+            continue
+        began = time.time()
+        for command in commands:
+            print(f"[{stage}] {' '.join(Path(str(word)).name for word in command[:1])}", flush=True)
+            subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
+        print(f"[{stage}] {time.time() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
