@@ -11,6 +11,7 @@ attributes stated in the captions that the classifier finds in the picture. Eval
 """
 
 import argparse
+import copy
 import itertools
 import statistics
 import sys
@@ -62,7 +63,7 @@ class Features(torch.nn.Module):
 
     def __init__(self, classifier: AttributeClassifier) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.classifier = copy.deepcopy(classifier)  # the metric makes it double
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return self.classifier.features(pictures)

@@ -3,7 +3,8 @@
 Usage: python benchmarks/scheduler_step.py [--device cpu] [--dtype float32] [--rounds 200] [--steps 8]
 
 Every round runs each scheduler once over its whole grid, one after the other, so that all of them meet the same noise
-of the machine; the figure is the median over the rounds of the mean time of a step. Stochastic schedulers draw noise.
+of the machine, after an untimed run that warms the caches; the figure is the median over the rounds of the mean time
+of a step. Stochastic schedulers draw noise.
 """
 
 import argparse
@@ -73,9 +74,13 @@ def measure(size, arguments):
     schedulers = build_schedulers()
     times = {name: [] for name in ("bare", *schedulers)}
     for _ in range(arguments.rounds):
-        times["bare"].append(time_bare(arguments.steps, sample, output, synchronize))
-        for name, scheduler in schedulers.items():
-            times[name].append(time_scheduler(scheduler, arguments.steps, sample, output, synchronize))
+        for name in times:
+            for _ in ("warm", "timed"):
+                if name == "bare":
+                    seconds = time_bare(arguments.steps, sample, output, synchronize)
+                else:
+                    seconds = time_scheduler(schedulers[name], arguments.steps, sample, output, synchronize)
+            times[name].append(seconds)
     return {name: 1e6 * torch.tensor(t).median().item() for name, t in times.items()}
 
 

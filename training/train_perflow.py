@@ -57,7 +57,7 @@ def main() -> None:
     except (ConfigError, OSError) as error:
         parser.error(str(error))
     set_seed(config.seed)
-    pipe = DiffusionPipeline.from_pretrained(config.pretrained_model_name_or_path, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(config.pretrained_model_name_or_path, dtype=torch.float32)
     teacher = teacher_of(pipe)
     conditions, embeddings, uncond = condition_sampler(pipe, config)
     size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels

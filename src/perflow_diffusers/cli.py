@@ -40,8 +40,11 @@ def demo(
 
         perflow demo "a person with red hair and glasses" "a sad person with a purple hat" --out mine.png
     """
+    import transformers
+
     from perflow_diffusers import demo as demonstration
 
+    transformers.logging.set_verbosity_error()  # it names what is not installed and not needed
     try:
         demonstration.check_output(out)
         typer.echo("Drawing with the embedded miniature pipeline (32 x 32 pictures, 1.9 M parameters).")

@@ -1,5 +1,6 @@
 """The demonstration: one picture that puts few steps beside many, on the embedded miniature pipeline."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -52,11 +53,10 @@ def stock_scheduler(name: str, config: Any) -> Any:
 
 def perflow_scheduler(config: Any, metadata: Any) -> PeRFlowScheduler:
     """PeRFlow's scheduler for a pipeline's scheduler config and what a delta's header says of its training."""
-    return PeRFlowScheduler.from_config(
-        config,
-        prediction_type=metadata["prediction_type"],
-        num_time_windows=int(metadata["num_time_windows"]),
-    )
+    windows: dict[str, Any] = {"num_time_windows": int(metadata["num_time_windows"])}
+    if "window_boundaries" in metadata:
+        windows["window_boundaries"] = json.loads(metadata["window_boundaries"])
+    return PeRFlowScheduler.from_config(config, prediction_type=metadata["prediction_type"], **windows)
 
 
 def sample(

@@ -18,7 +18,7 @@ from pictures import load_pictures
 
 def export_base(source: Path, out: Path) -> None:
     """The pipeline in fp16, with the sampler that its reference pictures come from."""
-    pipe = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16)
+    pipe = StableDiffusionPipeline.from_pretrained(source, dtype=torch.float16)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     shutil.rmtree(out, ignore_errors=True)
     pipe.save_pretrained(out)
@@ -37,7 +37,7 @@ def main() -> None:
     if args.base:
         export_base(args.base, args.out / "avatars")
     if args.thumbs:
-        unet = UNet2DConditionModel.from_pretrained(args.thumbs, subfolder="unet", torch_dtype=torch.float16)
+        unet = UNet2DConditionModel.from_pretrained(args.thumbs, subfolder="unet", dtype=torch.float16)
         unet.save_pretrained(args.out / "thumbs" / "unet")
     if args.delta:
         (args.out / "delta").mkdir(exist_ok=True)

@@ -23,7 +23,7 @@ STAGES = {
          "--init", RUNS / "vae-first", "--out", RUNS / "vae"],
     ],
     "base": [
-        [HERE / "train_base.py", "--vae", RUNS / "vae", "--steps", 13000, "--out", RUNS / "base"],
+        [HERE / "train_base.py", "--vae", RUNS / "vae", "--steps", 10000, "--out", RUNS / "base"],
         [HERE / "export_assets.py", "--base", RUNS / "base"],
     ],
     "thumbs": [

@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, default=Path("runs/miniature/vae"), help="a trained autoencoder")
     parser.add_argument("--init", type=Path, help="fine-tune this pipeline's UNet instead of starting from nothing")
     parser.add_argument("--style", choices=("avatars", "thumbs"), default="avatars")
-    parser.add_argument("--steps", type=int, default=18000)
+    parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=300)

@@ -52,7 +52,10 @@ class Trainer:
             weight_decay=config.adam_weight_decay,
         )
         self.schedule = get_scheduler(
-            config.lr_scheduler, self.optimizer, config.lr_warmup_steps, num_training_steps=config.max_train_steps
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
         )
         self.network, self.optimizer, self.schedule = self.accelerator.prepare(network, self.optimizer, self.schedule)
         self.ema = EMAModel(network.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)

@@ -18,12 +18,12 @@ def miniature_folder() -> Path:
     return Path(str(files(__package__) / "assets"))
 
 
-def load_miniature(checkpoint: str = "avatars", torch_dtype: torch.dtype = torch.float32):
+def load_miniature(checkpoint: str = "avatars", dtype: torch.dtype = torch.float32):
     """The embedded `StableDiffusionPipeline`: 32 x 32 pictures, 4 x 8 x 8 latents, epsilon prediction, DDIM scheduler.
 
     Args:
         checkpoint: "avatars" (the base) or "thumbs" (its UNet fine-tuned on another style).
-        torch_dtype: dtype of the weights, which are stored in fp16.
+        dtype: dtype of the weights, which are stored in fp16.
 
     Raises:
         ValueError: unknown checkpoint.
@@ -34,9 +34,9 @@ def load_miniature(checkpoint: str = "avatars", torch_dtype: torch.dtype = torch
     replaced = {}
     if checkpoint != "avatars":
         replaced["unet"] = UNet2DConditionModel.from_pretrained(
-            miniature_folder() / checkpoint / "unet", torch_dtype=torch_dtype
+            miniature_folder() / checkpoint / "unet", dtype=dtype
         )
-    return StableDiffusionPipeline.from_pretrained(miniature_folder() / "avatars", torch_dtype=torch_dtype, **replaced)
+    return StableDiffusionPipeline.from_pretrained(miniature_folder() / "avatars", dtype=dtype, **replaced)
 
 
 def miniature_prompts(n: int, seed: int = 0, checkpoint: str = "avatars") -> list[str]:
