@@ -7,7 +7,7 @@
 Reference: the same checkpoint's own 100-step picture from the same noise at MINIATURE_GUIDANCE. Pixel error: mean
 squared error, pixels in -1..1. Feature error: mean squared distance of the attribute classifier's 128 features over
 their variance. Frechet: distance of these features' Gaussians to the reference set's. Attributes: share of the
-attributes stated in the captions that the classifier finds in the picture. Evaluations: calls of the network a picture.
+attributes stated in the captions that the classifier finds in the picture. Evaluations: network calls a picture.
 """
 
 import argparse
@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from perflow_diffusers import MINIATURE_GUIDANCE, load_miniature, merge_delta
-from perflow_diffusers.demo import STOCK, perflow_scheduler, stock_scheduler
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
+
+from perflow_diffusers import MINIATURE_GUIDANCE, load_miniature, merge_delta
+from perflow_diffusers.demo import STOCK, perflow_scheduler, stock_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training" / "miniature"))
 from attributes import AttributeClassifier, load_classifier
@@ -181,7 +182,10 @@ def run(checkpoint: str, args: argparse.Namespace) -> str:
         lines += bench.perflow(args.cfg_sync, "PeRFlow, CFG-sync at guidance 3", [4, 8], 3.0)
         jobs.update()
     jobs.close()
-    text = [f"### {checkpoint}: {len(bench.test)} held-out prompts, {args.seeds} noise seeds, guidance {guidance:g}", ""]
+    text = [
+        f"### {checkpoint}: {len(bench.test)} held-out prompts, {args.seeds} noise seeds, guidance {guidance:g}",
+        "",
+    ]
     text += [header(bench.judged), *(line.row(bench.judged) for line in lines), ""]
     for n, line in zip((4, 8), (ours[0], ours[2]), strict=True):
         mine = statistics.mean(line.pixel)
@@ -212,7 +216,9 @@ def stock_sweep(args: argparse.Namespace) -> None:
             for steps in (2, 4, 8):
                 bench.pipe.scheduler = getattr(diffusers, kind).from_config(bench.config, **options)
                 cells.append(spread(bench.measure("", steps, MINIATURE_GUIDANCE).pixel, 4))
-            print(f"| {name} | {spacing} | {sigma} | {' | '.join(cells)} |{' chosen' * (options == chosen)}", flush=True)
+            print(
+                f"| {name} | {spacing} | {sigma} | {' | '.join(cells)} |{' chosen' * (options == chosen)}", flush=True
+            )
 
 
 def main() -> None:

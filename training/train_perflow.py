@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
+
 from perflow_diffusers.weights.delta import compute_delta
 from perflow_training.backbone import teacher_of
 from perflow_training.config import ConfigError, TrainingConfig, load_config
@@ -47,7 +48,9 @@ def export(config: TrainingConfig, pipe, network, out: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="YAML file of options, for example training/configs/miniature.yaml")
+    parser.add_argument(
+        "--config", type=Path, help="YAML file of options, for example training/configs/miniature.yaml"
+    )
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options that replace those of the file")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,4 +1,4 @@
-"""Few-step sampling for Stable Diffusion pipelines: PeRFlow's scheduler, its deltas, and a miniature to try them on."""
+"""Few-step sampling for Stable Diffusion pipelines: PeRFlow's scheduler, its deltas, and a miniature to try."""
 
 from perflow_diffusers._version import __version__
 from perflow_diffusers.miniature import MINIATURE_GUIDANCE, load_miniature, miniature_prompts

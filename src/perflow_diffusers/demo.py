@@ -19,7 +19,10 @@ from perflow_diffusers.weights import merge_delta
 STOCK: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
     "Euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
-    "DPM-Solver++": ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}),
+    "DPM-Solver++": (
+        "DPMSolverMultistepScheduler",
+        {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"},
+    ),
     "UniPC": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}),
 }
 SCALE = 4  # how many times a picture is enlarged, by repeating its pixels

@@ -9,8 +9,14 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from perflow_diffusers import MINIATURE_GUIDANCE, PeRFlowScheduler, load_miniature, merge_delta, miniature_prompts
-from perflow_diffusers import unmerge_delta
+from perflow_diffusers import (
+    MINIATURE_GUIDANCE,
+    PeRFlowScheduler,
+    load_miniature,
+    merge_delta,
+    miniature_prompts,
+    unmerge_delta,
+)
 from perflow_diffusers.demo import STOCK, perflow_scheduler, stock_scheduler
 from perflow_diffusers.miniature import miniature_folder
 

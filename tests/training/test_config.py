@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from perflow_training.config import ConfigError, TrainingConfig, load_config
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -15,7 +16,9 @@ def test_every_committed_config_is_valid(path):
 
 
 def test_overrides_win_over_the_file_and_keep_their_types():
-    config = load_config(CONFIGS / "miniature.yaml", ["max_train_steps=7", "learning_rate=1e-3", "guidance_scale=null"])
+    config = load_config(
+        CONFIGS / "miniature.yaml", ["max_train_steps=7", "learning_rate=1e-3", "guidance_scale=null"]
+    )
     assert (config.max_train_steps, config.learning_rate, config.guidance_scale) == (7, 1e-3, None)
     assert config.window_weights == "measured"
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from closed_form import GaussianWorld
 from perflow_diffusers.flow import NoisePath, Windows, coefficients
 from perflow_training.backbone import Backbone
@@ -89,7 +90,11 @@ def test_loss_of_a_wrong_student_is_its_squared_error_times_the_weight():
     right = WORLD.student(windows.z_start, windows.start, windows.start, windows.end, "ddim_eps")
     weights = torch.arange(1, len(windows) + 1, dtype=torch.float64)
     exact = SolvedWindows(
-        windows.z_start, WORLD.flow(windows.z_start, windows.start, windows.end), windows.start, windows.end, windows.cond
+        windows.z_start,
+        WORLD.flow(windows.z_start, windows.start, windows.end),
+        windows.start,
+        windows.end,
+        windows.cond,
     )
     off = torch.linspace(-1, 1, 256, dtype=torch.float64).reshape(4, 8, 8)
     losses = student_loss(lambda *_: right + off, TEACHER, exact, windows.start, config(), weights)

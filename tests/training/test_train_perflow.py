@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
-import train_perflow
 from diffusers import UNet2DConditionModel
+
+import train_perflow
 from perflow_diffusers import PeRFlowScheduler, load_miniature, merge_delta
 from perflow_diffusers.miniature import miniature_folder
 from perflow_diffusers.weights import open_weights
@@ -36,7 +37,9 @@ def run(tmp_path, monkeypatch):
 
 
 def test_student_delta_and_log_come_out(run):
-    out = run("max_train_steps=3", "guidance_scale=7.5", "ema_decay=0.0", "lr_warmup_steps=0", "window_weights=measured")
+    out = run(
+        "max_train_steps=3", "guidance_scale=7.5", "ema_decay=0.0", "lr_warmup_steps=0", "window_weights=measured"
+    )
     student = UNet2DConditionModel.from_pretrained(out / "unet").state_dict()
     delta = open_weights(out / "perflow.safetensors")
     assert delta.metadata["prediction_type"] == "ddim_eps"

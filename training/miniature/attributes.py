@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from captions import PERSON
-from pictures import Pictures, load_pictures, to_unit
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
+
+from captions import PERSON
+from pictures import Pictures, load_pictures, to_unit
 
 WEIGHTS = Path(__file__).parent / "attributes.safetensors"
 
@@ -75,7 +76,8 @@ def train(epochs: int, batch: int, seed: int) -> None:
             pixels = nn.functional.avg_pool2d(nn.functional.pad(pixels, (1, 1, 1, 1), "replicate"), 3, 1)
         logits = classifier(pixels)
         loss = sum(
-            nn.functional.cross_entropy(rows, wanted[name][index], label_smoothing=0.02) for name, rows in logits.items()
+            nn.functional.cross_entropy(rows, wanted[name][index], label_smoothing=0.02)
+            for name, rows in logits.items()
         )
         loss.backward()
         optimizer.step()

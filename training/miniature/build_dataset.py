@@ -10,9 +10,10 @@ import random
 from pathlib import Path
 
 import numpy as np
-from captions import caption, choose_stated, person_attributes, thumb_attributes
 from datasets import Dataset, Features, Image, Sequence, Value
 from PIL import Image as Pictures
+
+from captions import caption, choose_stated, person_attributes, thumb_attributes
 
 SIZE = 32
 STYLES = {"pixel-art": ("avatars", person_attributes, 1024), "thumbs": ("thumbs", thumb_attributes, 512)}
@@ -48,7 +49,12 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     features = Features(
-        {"image": Image(), "caption": Value("string"), "stated": Sequence(Value("string")), "attributes": Value("string")}
+        {
+            "image": Image(),
+            "caption": Value("string"),
+            "stated": Sequence(Value("string")),
+            "attributes": Value("string"),
+        }
     )
     for style, (name, attributes_of, held_out) in STYLES.items():
         records = rows(args.raw, style, attributes_of)

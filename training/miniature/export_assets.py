@@ -1,6 +1,6 @@
 """Writes trained parts of the miniature, in fp16, to where the package embeds them.
 
-    python export_assets.py --base runs/miniature/base --thumbs runs/miniature/thumbs --delta runs/miniature/perflow/perflow.safetensors
+    python export_assets.py --base runs/miniature/base --thumbs runs/miniature/thumbs
 
 Each part is optional: the base is exported before the delta is trained, so that the delta belongs to the fp16 weights.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
 from perflow_diffusers.miniature import miniature_folder
 from pictures import load_pictures
 

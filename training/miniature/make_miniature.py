@@ -1,7 +1,7 @@
 """Trains and embeds everything: autoencoder, base pipeline, second checkpoint, accelerator, classifier.
 
-    python training/miniature/make_miniature.py              # all of it, about two hours on two cores
-    python training/miniature/make_miniature.py --only thumbs perflow
+python training/miniature/make_miniature.py              # all of it, about two hours on two cores
+python training/miniature/make_miniature.py --only thumbs perflow
 """
 
 import argparse
@@ -40,7 +40,9 @@ STAGES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=tuple(STAGES), help="run these stages, in the order of the recipe")
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(STAGES), help="run these stages, in the order of the recipe"
+    )
     args = parser.parse_args()
     for stage, commands in STAGES.items():
         if args.only and stage not in args.only:

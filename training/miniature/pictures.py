@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from captions import caption, choose_stated
 from datasets import load_dataset
+
+from captions import caption, choose_stated
 
 DATA = Path(__file__).parent / "data"
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
-from pictures import load_pictures, to_unit
 from tqdm import tqdm
+
+from pictures import load_pictures, to_unit
 
 CONFIG = {
     "sample_size": 32,
@@ -73,7 +74,8 @@ def report(vae: AutoencoderKL, seconds: float) -> None:
             [vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in pixels.split(128)]
         )
         mse = float((rebuilt - pixels).pow(2).mean())
-        print(f"{style}: PSNR {10 * math.log10(4 / mse):.1f} dB, mean absolute error {127.5 * float((rebuilt - pixels).abs().mean()):.2f}/255")
+        psnr, off = 10 * math.log10(4 / mse), 127.5 * float((rebuilt - pixels).abs().mean())
+        print(f"{style}: PSNR {psnr:.1f} dB, mean absolute error {off:.2f}/255")
     print(f"latent spread {mean.std():.3f}, per channel {mean.std((0, 2, 3)).tolist()}, {seconds:.0f} s")
 
 

@@ -1,7 +1,7 @@
 """Trains the miniature's diffusion pipeline from scratch, or fine-tunes its UNet on another style.
 
-    python train_base.py --vae runs/miniature/vae --out runs/miniature/base                     # from nothing
-    python train_base.py --init runs/miniature/base --style thumbs --out runs/miniature/thumbs  # a second checkpoint
+python train_base.py --vae runs/miniature/vae --out runs/miniature/base                     # from nothing
+python train_base.py --init runs/miniature/base --style thumbs --out runs/miniature/thumbs  # a second checkpoint
 """
 
 import argparse
@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
+from tqdm import tqdm
+
 from pictures import load_pictures, to_unit
 from text import learn_tokenizer, new_text_encoder
-from tqdm import tqdm
 
 UNET = {
     "sample_size": 8,
@@ -122,7 +123,9 @@ def train(args: argparse.Namespace) -> None:
     if args.resume and (state / "step.txt").is_file():
         accelerator.load_state(str(state))
         first = int((state / "step.txt").read_text())
-    progress = tqdm(range(first, args.steps), desc=f"{args.style} UNet", initial=first, total=args.steps, mininterval=5)
+    progress = tqdm(
+        range(first, args.steps), desc=f"{args.style} UNet", initial=first, total=args.steps, mininterval=5
+    )
     running = None
     for step in progress:
         latents, ids = samples.draw(args.batch, args.caption_dropout)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import StableDiffusionPipeline
+
 from perflow_diffusers.flow import NoisePath
 
 
@@ -11,7 +12,7 @@ from perflow_diffusers.flow import NoisePath
 class Backbone:
     """`network(z, timestep, cond)` predicts `prediction` on `path`.
 
-    A DDPM-trained network was told `i - 1` at path index `i` (`index_offset=-1`); PeRFlow students are told `i` itself.
+    A DDPM-trained network was told `i - 1` at path index `i` (`index_offset=-1`); PeRFlow students are told `i`.
     """
 
     network: torch.nn.Module

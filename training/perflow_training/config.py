@@ -66,8 +66,14 @@ CHOICES = {
 }
 SHARES = ("caption_dropout", "data_starts", "timestep_starts", "timestep_grid")
 AT_LEAST_ONE = (
-    "num_time_windows", "solver_steps", "solve_batch_size", "buffer_size", "reuse", "max_train_steps", "train_batch_size",
-)  # fmt: skip
+    "num_time_windows",
+    "solver_steps",
+    "solve_batch_size",
+    "buffer_size",
+    "reuse",
+    "max_train_steps",
+    "train_batch_size",
+)
 
 
 def load_config(path: str | Path | None, overrides: list[str] = ()) -> TrainingConfig:
@@ -117,7 +123,9 @@ def check(config: TrainingConfig) -> TrainingConfig:
         if getattr(config, name) < 1:
             raise ConfigError(f"`{name}={getattr(config, name)}` must be at least 1.")
     if config.timestep_starts + config.timestep_grid > 1:
-        raise ConfigError("`timestep_starts` and `timestep_grid` are shares of one whole: their sum must be at most 1.")
+        raise ConfigError(
+            "`timestep_starts` and `timestep_grid` are shares of one whole: their sum must be at most 1."
+        )
     if config.data_starts and not config.train_images:
         raise ConfigError(f"`data_starts={config.data_starts}` needs pictures: set `train_images=true`.")
     for name in ("pretrained_model_name_or_path", "train_captions"):
@@ -128,5 +136,7 @@ def check(config: TrainingConfig) -> TrainingConfig:
     if isinstance(weights, str) and weights not in ("equal", "measured"):
         raise ConfigError(f"`window_weights={weights!r}` is not equal, measured or a list of {windows} numbers.")
     if isinstance(weights, list) and (len(weights) != windows or min(weights) <= 0):
-        raise ConfigError(f"`window_weights={weights}` must be {windows} positive numbers, one a window, noisy end first.")
+        raise ConfigError(
+            f"`window_weights={weights}` must be {windows} positive numbers, one a window, noisy end first."
+        )
     return config

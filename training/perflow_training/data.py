@@ -35,7 +35,9 @@ def load_images(path: str | Path) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def condition_sampler(pipe, config: TrainingConfig) -> tuple[Callable[[int], torch.Tensor], torch.Tensor, torch.Tensor]:
+def condition_sampler(
+    pipe, config: TrainingConfig
+) -> tuple[Callable[[int], torch.Tensor], torch.Tensor, torch.Tensor]:
     """`draw(n)` of prompt embeddings with dropped captions, the embeddings themselves and the empty prompt's."""
     embeddings = encode_prompts(pipe, load_captions(config.train_captions))
     uncond = encode_prompts(pipe, [""])

@@ -9,8 +9,9 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from perflow_diffusers.flow import Windows
 from tqdm import tqdm
+
+from perflow_diffusers.flow import Windows
 
 from .backbone import Backbone, student_of
 from .buffer import SolvedWindows, WindowBuffer
@@ -36,7 +37,13 @@ class Trainer:
         uncond: torch.Tensor,
         latents: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None,
     ):
-        self.config, self.shape, self.conditions, self.latents, self.uncond = config, shape, conditions, latents, uncond
+        self.config, self.shape, self.conditions, self.latents, self.uncond = (
+            config,
+            shape,
+            conditions,
+            latents,
+            uncond,
+        )
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         self.windows = (
             Windows(tuple(config.window_boundaries))

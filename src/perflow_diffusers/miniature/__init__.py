@@ -1,4 +1,4 @@
-"""A real Stable Diffusion pipeline in a few megabytes, trained on pixel-art avatars: for demos, tests and benchmarks."""
+"""A real Stable Diffusion pipeline in a few megabytes, trained on pixel-art avatars: for demos and tests."""
 
 import json
 import random
@@ -33,9 +33,7 @@ def load_miniature(checkpoint: str = "avatars", dtype: torch.dtype = torch.float
     _check(checkpoint)
     replaced = {}
     if checkpoint != "avatars":
-        replaced["unet"] = UNet2DConditionModel.from_pretrained(
-            miniature_folder() / checkpoint / "unet", dtype=dtype
-        )
+        replaced["unet"] = UNet2DConditionModel.from_pretrained(miniature_folder() / checkpoint / "unet", dtype=dtype)
     return StableDiffusionPipeline.from_pretrained(miniature_folder() / "avatars", dtype=dtype, **replaced)
 
 
