@@ -49,7 +49,7 @@ def _full(z: torch.Tensor, value: int) -> torch.Tensor:
 
 
 def draw_timesteps(start: torch.Tensor, end: torch.Tensor, starts: float, grid: float) -> torch.Tensor:
-    """(B,) path indices in end+1..start: `starts` of them on the start, `grid` on start or middle, the rest uniform."""
+    """(B,) path indices in end+1..start: share `starts` on the start, `grid` on start or middle, the rest uniform."""
     length = start - end
     uniform = start - (torch.rand(len(start)) * length).long()
     middle = start - length * torch.randint(0, 2, start.shape) // 2
