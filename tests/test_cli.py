@@ -19,7 +19,8 @@ def test_demo_draws_the_prompts_asked_for(tmp_path):
     result = demo("a person with red hair and glasses", "--out", out)
     assert result.exit_code == 0, result.output
     rows = 6 + 3  # base: 100, three stock, PeRFlow at 4 and 8; fine-tuned: 100, one stock, PeRFlow at 4
-    assert Image.open(out).size == (LABEL + 132, rows * 132 + 2 * HEADER)
+    with Image.open(out) as picture:
+        assert picture.size == (LABEL + 132, rows * 132 + 2 * HEADER)
     assert os.listdir(tmp_path) == ["picture.png"]
     line = next(line for line in result.output.splitlines() if line.startswith("base: PeRFlow, 4 steps "))
     assert line.split()[4] == "4"  # one network evaluation a step

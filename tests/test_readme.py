@@ -12,7 +12,8 @@ def test_the_laptop_snippet_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     snippet = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "load_miniature" in code)
     exec(compile(snippet, "README.md", "exec"), {})
-    assert Image.open("four-steps.png").size == (256, 256)
+    with Image.open("four-steps.png") as picture:
+        assert picture.size == (256, 256)
 
 
 def test_both_commands_are_in_the_first_lines_and_in_the_makefile():

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from perflow_diffusers.weights.delta import compute_delta
 from perflow_training.backbone import teacher_of
 from perflow_training.config import ConfigError, TrainingConfig, load_config
-from perflow_training.data import condition_sampler, latent_sampler
+from perflow_training.data import condition_sampler, latent_sampler, load_captions
 from perflow_training.trainer import Trainer
 
 
@@ -57,24 +57,29 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         config = load_config(args.config, args.overrides)
+        run(config)
     except (ConfigError, OSError) as error:
         parser.error(str(error))
+
+
+def run(config: TrainingConfig) -> None:
+    """Everything from the options to the files. Raises ConfigError for data that cannot be used."""
+    captions = load_captions(config.train_captions)
     set_seed(config.seed)
     pipe = DiffusionPipeline.from_pretrained(config.pretrained_model_name_or_path, dtype=torch.float32)
-    teacher = teacher_of(pipe)
-    conditions, embeddings, uncond = condition_sampler(pipe, config)
-    size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    conditions, embeddings, uncond = condition_sampler(pipe, config, captions)
     latents = latent_sampler(pipe, config, embeddings, uncond)
-    trainer = Trainer(config, teacher, (channels, size, size), conditions, uncond, latents)
+    size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    trainer = Trainer(config, teacher_of(pipe), (channels, size, size), conditions, uncond, latents)
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    log = (out / "log.jsonl").open("w")
+    with (out / "log.jsonl").open("w") as log:
 
-    def on_log(step: int, values: dict) -> None:
-        log.write(json.dumps({"step": step, **values}) + "\n")
-        log.flush()
+        def on_log(step: int, values: dict) -> None:
+            log.write(json.dumps({"step": step, **values}) + "\n")
+            log.flush()
 
-    network = trainer.train(on_log)
+        network = trainer.train(on_log)
     print(f"delta: {export(config, pipe, network, out)}")
 
 

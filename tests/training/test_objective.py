@@ -33,7 +33,7 @@ TEACHER = Backbone(GaussianNetwork(), PATH, "epsilon", index_offset=-1)
 
 
 def config(**options):
-    return TrainingConfig(**{"solver": "dpmpp_2m", "solver_steps": 100, **options})
+    return TrainingConfig(**{"solver": "dpmpp_2m", "solver_steps": 200, **options})
 
 
 def noise(seed=0):
@@ -51,7 +51,7 @@ def test_trajectories_follow_the_closed_form_from_window_to_window():
     assert torch.equal(windows.z_start[16:], windows.z_end[:-16])
     exact = WORLD.flow(windows.z_start, windows.start, windows.end)
     assert (windows.z_end - exact).abs().max() < 2e-3
-    coarse = solved(solver_steps=25)
+    coarse = solved(solver_steps=50)
     errors = [(w.z_end[-16:] - WORLD.flow(noise(), 1000, 0)).norm() for w in (coarse, windows)]
     assert errors[1] < errors[0] / 8  # second order: a quarter of the step, near a sixteenth of the error
 

@@ -36,10 +36,10 @@ def load_images(path: str | Path) -> torch.Tensor:
 
 
 def condition_sampler(
-    pipe, config: TrainingConfig
+    pipe, config: TrainingConfig, captions: list[str]
 ) -> tuple[Callable[[int], torch.Tensor], torch.Tensor, torch.Tensor]:
     """`draw(n)` of prompt embeddings with dropped captions, the embeddings themselves and the empty prompt's."""
-    embeddings = encode_prompts(pipe, load_captions(config.train_captions))
+    embeddings = encode_prompts(pipe, captions)
     uncond = encode_prompts(pipe, [""])
 
     def draw(count: int) -> torch.Tensor:
