@@ -179,3 +179,13 @@ def test_dropped_identical_tensors_are_not_missing(make_unet, make_delta, bits, 
         compute_delta(make_unet(), make_unet(), drop_identical=True)
     with pytest.raises(MergeError, match="Missing"):
         merge_delta(base, open_weights(dict(delta)))
+
+
+def test_a_complete_model_in_place_of_a_delta(refused, make_unet, unet, tmp_path):
+    """The commonest slip: the tuned checkpoint itself. Its norms give it away; zero or tiny differences do not."""
+    tuned = make_unet()
+    tuned.conv_in.weight += 0.01
+    tuned.save_pretrained(tmp_path / "unet")
+    for source in (tmp_path, tuned.state_dict()):
+        assert "compute_delta(base, tuned)" in refused(source, "complete weights, not a delta")
+    plan_merge(unet, {name: weight * 0 for name, weight in unet.state_dict().items()})

@@ -65,6 +65,7 @@ def plan_merge(pipe_or_unet: Any, source: Any, *, scale: float = 1.0, conv_in: C
     weights = usable_weights(unet)
     delta = open_weights(source)
     names = _checked_names(delta)
+    _refuse_complete_weights(delta, names, weights)
     edits, skipped = _edits(delta, names, weights, conv_in)
     largest, fingerprint = _scan(delta, edits)
     touched = {edit.name for edit in edits}
@@ -113,6 +114,7 @@ def usable_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
+_NORM = "conv_norm_out.weight"
 _OFFLOADED = (
     "Merge before `enable_sequential_cpu_offload` or device_map, or call `pipe.remove_all_hooks()` first and offload "
     "again afterwards."
@@ -166,6 +168,20 @@ def _checked_names(delta: WeightSource) -> dict[str, str]:
             "fp16, bf16 or fp32 first."
         )
     return names
+
+
+def _refuse_complete_weights(
+    delta: WeightSource, names: Mapping[str, str], weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse a tuned model that is passed where its difference to the base belongs: its norms look like the base's."""
+    if delta.kind != "weights" or _NORM not in names or _NORM not in weights:
+        return
+    given, have = delta[names[_NORM]].detach().flatten().float().cpu(), weights[_NORM].detach().flatten().float().cpu()
+    if given.shape == have.shape and torch.cosine_similarity(given, have, dim=0) > 0.9:
+        raise MergeError(
+            f"{delta.name} holds complete weights, not a delta: its {_NORM} is that of the model. Make the delta with "
+            "`compute_delta(base, tuned)`, or pass the folder to `from_pretrained` to use it as it is."
+        )
 
 
 def _edits(
