@@ -192,6 +192,15 @@ def test_interruption_in_the_middle_restores_every_bit(make_unet, make_delta, bi
     assert same(bits(unet), before)
 
 
+@pytest.fixture
+def ordinary_ctrl_c():
+    """Python's own SIGINT handler; a test run that a shell started in the background ignores the signal instead."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ordinary_ctrl_c")
 @pytest.mark.parametrize("backup", ["cpu", "none"])
 @pytest.mark.parametrize("press_at", [50, 208])
 def test_ctrl_c_leaves_all_old_or_all_new(make_unet, make_delta, bits, same, monkeypatch, backup, press_at):
