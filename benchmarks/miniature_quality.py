@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionPipeline
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
@@ -81,15 +82,25 @@ def frechet(classifier: AttributeClassifier, real: torch.Tensor, drawn: torch.Te
     return float(distance.compute())
 
 
+def load(checkpoint: str) -> tuple[StableDiffusionPipeline, str]:
+    """An embedded checkpoint, or a pipeline folder named after the style of its pictures; with the style's name."""
+    base = load_miniature()
+    if not Path(checkpoint).is_dir():
+        return load_miniature(checkpoint), checkpoint
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint)
+    pipe.scheduler = base.scheduler
+    return pipe, Path(checkpoint).name
+
+
 class Bench:
     """Draws the held-out prompts with one checkpoint and measures against its reference pictures."""
 
     def __init__(self, checkpoint: str, pictures: int, seeds: int):
-        self.pipe = load_miniature(checkpoint)
+        self.pipe, checkpoint = load(checkpoint)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.unet.to(memory_format=torch.channels_last)
         self.config = self.pipe.scheduler.config
-        self.checkpoint, self.judged = checkpoint, checkpoint == "avatars"
+        self.judged = "hat" in load_pictures(checkpoint, "test").attributes[0]
         test = load_pictures(checkpoint, "test")
         # captions that state nothing say nothing about obedience, but they are prompts like any other
         self.test = Pictures(*(part[:pictures] for part in (test.images, test.attributes, test.captions, test.stated)))
@@ -227,7 +238,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--delta", default="miniature", help="the accelerator (a name or a file)")
     parser.add_argument("--cfg-sync", type=Path, help="a second accelerator, trained without guidance")
-    parser.add_argument("--checkpoints", nargs="+", default=["avatars", "thumbs"])
+    parser.add_argument(
+        "--checkpoints", nargs="+", default=["avatars", "disco"], help="embedded ones, or pipeline folders"
+    )
     parser.add_argument("--guidance-sweep", action="store_true")
     parser.add_argument("--stock-sweep", action="store_true")
     parser.add_argument("--sweep-steps", type=int, default=50)

@@ -112,7 +112,7 @@ def draw_rows(
     Raises DemoError for prompts that cannot be drawn.
     """
     rows: list[Row] = []
-    for checkpoint in ("avatars", "thumbs"):
+    for checkpoint in ("avatars", "disco"):
         pipe = load_miniature(checkpoint)
         pipe.set_progress_bar_config(leave=False)
         own = prompts if prompts and checkpoint == "avatars" else None

@@ -54,7 +54,7 @@ def test_it_is_a_stable_diffusion_pipeline_of_the_promised_size(pipe):
 
 
 def test_second_checkpoint_differs_in_its_unet_only(pipe):
-    other = load_miniature("thumbs")
+    other = load_miniature("disco")
     assert all(torch.equal(a, b) for a, b in zip(pipe.vae.parameters(), other.vae.parameters(), strict=True))
     changed = [not torch.equal(a, b) for a, b in zip(pipe.unet.parameters(), other.unet.parameters(), strict=True)]
     assert sum(changed) > 0.9 * len(changed)
@@ -67,11 +67,11 @@ def test_prompts_are_held_out_distinct_and_repeatable():
     for n in (0, 10**6):
         with pytest.raises(ValueError, match=f"`n={n}`"):
             miniature_prompts(n)
-    with pytest.raises(ValueError, match="avatars, thumbs"):
+    with pytest.raises(ValueError, match="avatars, disco"):
         load_miniature("cats")
 
 
-@pytest.mark.parametrize("style", ["avatars", "thumbs"])
+@pytest.mark.parametrize("style", ["avatars", "disco", "thumbs"])
 def test_no_held_out_picture_is_in_the_training_part(style):
     test, train = (
         {row["bytes"] for row in pq.read_table(DATA / f"{style}-{split}.parquet")["image"].to_pylist()}
@@ -91,7 +91,7 @@ def test_the_vae_rebuilds_held_out_pictures(pipe):
 
 def test_four_steps_beat_every_stock_sampler_at_twice_the_evaluations(pipe):
     """The product in one assertion, on both checkpoints; exact figures: benchmarks/miniature_quality.py."""
-    for checkpoint in ("avatars", "thumbs"):
+    for checkpoint in ("avatars", "disco"):
         pipe = load_miniature(checkpoint)
         pipe.set_progress_bar_config(disable=True)
         prompts = miniature_prompts(24, seed=7, checkpoint=checkpoint)

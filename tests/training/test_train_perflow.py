@@ -78,7 +78,9 @@ def test_noised_data_as_starting_points(run, tmp_path):
 
     parquet = Path(train_perflow.__file__).parent / "miniature" / "data" / "thumbs-test.parquet"
     out = run("max_train_steps=1", f"train_captions={parquet}", "train_images=true", "data_starts=1.0")
-    assert json.loads((out / "log.jsonl").read_text())["solved"] == 2  # one window a sample (trajectories would have 8)
+    assert (
+        json.loads((out / "log.jsonl").read_text())["solved"] == 2
+    )  # one window a sample (trajectories would have 8)
 
 
 @pytest.mark.parametrize("words", [["max_train_steps=0"], ["nonsense=1"], ["train_captions=/no/such/file"]])

@@ -16,7 +16,12 @@ from PIL import Image as Pictures
 from captions import caption, choose_stated, person_attributes, thumb_attributes
 
 SIZE = 32
-STYLES = {"pixel-art": ("avatars", person_attributes, 1024), "thumbs": ("thumbs", thumb_attributes, 512)}
+#: DiceBear style -> name of the parts, its attributes, held-out pictures
+STYLES = {
+    "pixel-art": ("avatars", person_attributes, 1024),
+    "disco": ("disco", person_attributes, 512),
+    "thumbs": ("thumbs", thumb_attributes, 512),
+}
 
 
 def png(picture: np.ndarray) -> bytes:

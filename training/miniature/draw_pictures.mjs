@@ -28,6 +28,22 @@ const STYLES = {
       accessoriesProbability: 5,
     },
   },
+  // the avatars' design with a taste of its own: what a customised checkpoint is to its base
+  disco: {
+    style: pixelArt,
+    options: {
+      backgroundColor: ['2f3e5c', '4f9d94', 'c0aede'],
+      hairColor: ['bd1700', '009bbd', '91cb15'],
+      clothingColor: ['ffc425', 'd11141', 'ff6f69', '03396c'],
+      skinColor: ['ffdbac', 'f5cfa0', 'cb9e6e', 'b68655', '8d5524'],
+      hatColor: ['cc6192', '614f8a', '2663a3'],
+      glasses: ['dark01', 'dark02', 'dark03', 'dark04', 'dark05', 'dark06', 'dark07'],
+      glassesProbability: 100,
+      hatProbability: 40,
+      beardProbability: 10,
+      accessoriesProbability: 50,
+    },
+  },
   thumbs: {
     style: thumbs,
     options: {

@@ -1,6 +1,6 @@
 """Writes trained parts of the miniature, in fp16, to where the package embeds them.
 
-    python export_assets.py --base runs/miniature/base --thumbs runs/miniature/thumbs
+    python export_assets.py --base runs/miniature/base --disco runs/miniature/disco
 
 Each part is optional: the base is exported before the delta is trained, so that the delta belongs to the fp16 weights.
 """
@@ -28,18 +28,18 @@ def export_base(source: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="folder of the trained base pipeline")
-    parser.add_argument("--thumbs", type=Path, help="folder of the fine-tuned pipeline")
+    parser.add_argument("--disco", type=Path, help="folder of the fine-tuned pipeline")
     parser.add_argument("--delta", type=Path, help="safetensors file of the accelerator")
     parser.add_argument("--out", type=Path, default=miniature_folder(), help="folder of the embedded weights")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    prompts = {style: load_pictures(style, "test").captions for style in ("avatars", "thumbs")}
+    prompts = {style: load_pictures(style, "test").captions for style in ("avatars", "disco")}
     (args.out / "prompts.json").write_text(json.dumps(prompts, indent=0) + "\n")
     if args.base:
         export_base(args.base, args.out / "avatars")
-    if args.thumbs:
-        unet = UNet2DConditionModel.from_pretrained(args.thumbs, subfolder="unet", dtype=torch.float16)
-        unet.save_pretrained(args.out / "thumbs" / "unet")
+    if args.disco:
+        unet = UNet2DConditionModel.from_pretrained(args.disco, subfolder="unet", dtype=torch.float16)
+        unet.save_pretrained(args.out / "disco" / "unet")
     if args.delta:
         (args.out / "delta").mkdir(exist_ok=True)
         shutil.copy(args.delta, args.out / "delta" / "perflow.safetensors")

@@ -1,7 +1,7 @@
 """Trains and embeds everything: autoencoder, base pipeline, second checkpoint, accelerator, classifier.
 
 python training/miniature/make_miniature.py              # all of it, about two hours on two cores
-python training/miniature/make_miniature.py --only thumbs perflow
+python training/miniature/make_miniature.py --only disco perflow
 """
 
 import argparse
@@ -26,10 +26,10 @@ STAGES = {
         [HERE / "train_base.py", "--vae", RUNS / "vae", "--steps", 10000, "--out", RUNS / "base"],
         [HERE / "export_assets.py", "--base", RUNS / "base"],
     ],
-    "thumbs": [
-        [HERE / "train_base.py", "--init", RUNS / "base", "--style", "thumbs", "--steps", 1200,
-         "--learning-rate", 3e-4, "--out", RUNS / "thumbs"],
-        [HERE / "export_assets.py", "--thumbs", RUNS / "thumbs"],
+    "disco": [
+        [HERE / "train_base.py", "--init", RUNS / "base", "--style", "disco", "--steps", 900,
+         "--learning-rate", 3e-4, "--out", RUNS / "disco"],
+        [HERE / "export_assets.py", "--disco", RUNS / "disco"],
     ],
     "perflow": [
         [ROOT / "training" / "train_perflow.py", "--config", ROOT / "training" / "configs" / "miniature.yaml"],

@@ -33,7 +33,7 @@ class Pictures:
 
 
 def load_pictures(style: str, split: str) -> Pictures:
-    """Pictures of `style` ("avatars" or "thumbs"), `split` "train" or "test" (never trained on)."""
+    """Pictures of `style` ("avatars", "disco" or "thumbs"), `split` "train" or "test" (never trained on)."""
     records = load_dataset("parquet", data_files=str(DATA / f"{style}-{split}.parquet"), split="train")
     images = np.stack([np.asarray(image.convert("RGB")) for image in records["image"]])
     return Pictures(

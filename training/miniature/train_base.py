@@ -1,7 +1,7 @@
 """Trains the miniature's diffusion pipeline from scratch, or fine-tunes its UNet on another style.
 
 python train_base.py --vae runs/miniature/vae --out runs/miniature/base                     # from nothing
-python train_base.py --init runs/miniature/base --style thumbs --out runs/miniature/thumbs  # a second checkpoint
+python train_base.py --init runs/miniature/base --style disco --out runs/miniature/disco  # a second checkpoint
 """
 
 import argparse
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline (EMA weights)")
     parser.add_argument("--vae", type=Path, default=Path("runs/miniature/vae"), help="a trained autoencoder")
     parser.add_argument("--init", type=Path, help="fine-tune this pipeline's UNet instead of starting from nothing")
-    parser.add_argument("--style", choices=("avatars", "thumbs"), default="avatars")
+    parser.add_argument("--style", choices=("avatars", "disco", "thumbs"), default="avatars")
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

@@ -9,8 +9,8 @@ import torch
 
 #: guidance at which the miniature's base pipeline looks best (highest attribute accuracy at 100 steps)
 MINIATURE_GUIDANCE = 7.5
-#: the embedded checkpoints: the base, and the base's UNet fine-tuned on another style
-MINIATURE_CHECKPOINTS = ("avatars", "thumbs")
+#: the embedded checkpoints: the base, and the base's UNet fine-tuned as people fine-tune theirs
+MINIATURE_CHECKPOINTS = ("avatars", "disco")
 
 
 def miniature_folder() -> Path:
@@ -22,7 +22,7 @@ def load_miniature(checkpoint: str = "avatars", dtype: torch.dtype = torch.float
     """The embedded `StableDiffusionPipeline`: 32 x 32 pictures, 4 x 8 x 8 latents, epsilon prediction, DDIM scheduler.
 
     Args:
-        checkpoint: "avatars" (the base) or "thumbs" (its UNet fine-tuned on another style).
+        checkpoint: "avatars" (the base) or "disco" (its UNet fine-tuned on avatars of another taste).
         dtype: dtype of the weights, which are stored in fp16.
 
     Raises:
