@@ -16,7 +16,7 @@ RUNS = ROOT / "runs" / "miniature"
 
 #: stage -> its commands, in order
 STAGES = {
-    "classifier": [[HERE / "attributes.py"]],
+    "classifier": [[HERE / "attributes.py", "--epochs", 6]],
     "vae": [
         [HERE / "train_autoencoder.py", "--steps", 1900, "--out", RUNS / "vae-first"],
         [HERE / "train_autoencoder.py", "--steps", 1500, "--learning-rate", 1.5e-3, "--seed", 1,
