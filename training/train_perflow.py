@@ -25,9 +25,10 @@ def export(config: TrainingConfig, pipe, network, out: Path) -> Path:
     """Writes the student to `out/unet` and its difference to the teacher to `out/perflow.safetensors` (fp16)."""
     teacher = {name: tensor.detach() for name, tensor in pipe.unet.state_dict().items()}
     network.save_pretrained(out / "unet")
+    windows = len(config.window_boundaries) - 1 if config.window_boundaries else config.num_time_windows
     metadata = {
         "prediction_type": config.prediction_type,
-        "num_time_windows": config.num_time_windows,
+        "num_time_windows": windows,
         "recommended_steps": config.recommended_steps,
         "guidance_scale": config.guidance_scale if config.guidance_scale is not None else 0.0,
         "recommended_guidance_scale": 1.0 if config.guidance_scale is not None else None,

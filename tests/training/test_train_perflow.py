@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffusers import UNet2DConditionModel
 
 import train_perflow
 from perflow_diffusers import PeRFlowScheduler, load_miniature, merge_delta
+from perflow_diffusers.demo import perflow_scheduler
 from perflow_diffusers.miniature import miniature_folder
 from perflow_diffusers.weights import open_weights
 
@@ -74,8 +76,6 @@ def test_training_lowers_the_loss_it_reports(run):
 
 
 def test_noised_data_as_starting_points(run, tmp_path):
-    from pathlib import Path
-
     parquet = Path(train_perflow.__file__).parent / "miniature" / "data" / "thumbs-test.parquet"
     out = run("max_train_steps=1", f"train_captions={parquet}", "train_images=true", "data_starts=1.0")
     assert (
@@ -100,3 +100,17 @@ def test_scheduler_of_the_trained_type_comes_from_the_header(run):
         num_time_windows=int(header["num_time_windows"]),
     )
     assert (scheduler.config.perflow_type, scheduler.config.num_time_windows) == ("velocity", 2)
+
+
+def test_uneven_windows_given_weights_and_mixed_starts(run):
+    """The header carries the boundaries, and the scheduler that it describes walks them."""
+    parquet = Path(train_perflow.__file__).parent / "miniature" / "data" / "thumbs-test.parquet"
+    out = run("max_train_steps=4", "window_boundaries=[1000, 600, 0]", "window_weights=[3, 1]", "reuse=1",
+              f"train_captions={parquet}", "train_images=true", "data_starts=0.5")  # fmt: skip
+    header = open_weights(out / "perflow.safetensors").metadata
+    assert (header["num_time_windows"], json.loads(header["window_boundaries"])) == ("2", [1000, 600, 0])
+    scheduler = perflow_scheduler(load_miniature().scheduler.config, header)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [1000, 800, 600, 300]
+    solved = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["solved"]
+    assert 16 <= solved < 24  # four batches of four, solved by two (from data) or eight (trajectories) at a time
