@@ -32,8 +32,8 @@ def demo(
     """Draw few steps beside many, on the small pipeline that comes with the package.
 
     Every column starts from the same noise. Rows: 100 steps, stock samplers at 4 steps, PeRFlow at 4 and 8 steps; then
-    the same for a fine-tuned checkpoint that the accelerator has never seen. Needs no network, and about ten seconds on
-    two cores.
+    the same for a fine-tuned checkpoint that the accelerator has never seen. Needs no network; takes about ten seconds
+    on two cores.
 
     Examples:
 
