@@ -84,11 +84,10 @@ def frechet(classifier: AttributeClassifier, real: torch.Tensor, drawn: torch.Te
 
 def load(checkpoint: str) -> tuple[StableDiffusionPipeline, str]:
     """An embedded checkpoint, or a pipeline folder named after the style of its pictures; with the style's name."""
-    base = load_miniature()
     if not Path(checkpoint).is_dir():
         return load_miniature(checkpoint), checkpoint
     pipe = StableDiffusionPipeline.from_pretrained(checkpoint)
-    pipe.scheduler = base.scheduler
+    pipe.scheduler = load_miniature().scheduler
     return pipe, Path(checkpoint).name
 
 
@@ -100,8 +99,8 @@ class Bench:
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.unet.to(memory_format=torch.channels_last)
         self.config = self.pipe.scheduler.config
-        self.judged = "hat" in load_pictures(checkpoint, "test").attributes[0]
         test = load_pictures(checkpoint, "test")
+        self.judged = "hat" in test.attributes[0]
         # captions that state nothing say nothing about obedience, but they are prompts like any other
         self.test = Pictures(*(part[:pictures] for part in (test.images, test.attributes, test.captions, test.stated)))
         self.seeds = range(seeds)

@@ -23,7 +23,6 @@ from perflow_training.trainer import Trainer
 
 def export(config: TrainingConfig, pipe, network, out: Path) -> Path:
     """Writes the student to `out/unet` and its difference to the teacher to `out/perflow.safetensors` (fp16)."""
-    teacher = {name: tensor.detach() for name, tensor in pipe.unet.state_dict().items()}
     network.save_pretrained(out / "unet")
     windows = len(config.window_boundaries) - 1 if config.window_boundaries else config.num_time_windows
     metadata = {
@@ -38,11 +37,12 @@ def export(config: TrainingConfig, pipe, network, out: Path) -> Path:
         metadata["window_boundaries"] = config.window_boundaries
     delta = out / "perflow.safetensors"
     compute_delta(
-        teacher,
-        {name: tensor.detach() for name, tensor in network.state_dict().items()},
+        pipe.unet.state_dict(),
+        network.state_dict(),
         delta,
         dtype=torch.float16,
-        metadata={k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items() if v is not None},
+        metadata={name: value for name, value in metadata.items() if value is not None},
+        overwrite=True,  # as the student beside it: a run must not fail at its end for an older run's file
     )
     return delta
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -130,7 +131,7 @@ class Trainer:
             window_count.index_add_(0, index, torch.ones(len(index)))
             if step % config.logging_steps == 0 or step == config.max_train_steps:
                 means = (window_loss / window_count.clamp(min=1)).tolist()
-                if not all(map(torch.isfinite, map(torch.tensor, means))):
+                if not all(map(math.isfinite, means)):
                     raise FloatingPointError(
                         f"The loss is not finite at step {step}. Lower learning_rate, or use mixed_precision=no."
                     )
