@@ -257,6 +257,21 @@ def test_a_step_is_two_operations_and_never_reads_a_tensor():
     assert not any("local_scalar" in name for name in seen.names)
 
 
+@pytest.mark.parametrize("start", [0, 3])
+def test_an_element_of_timesteps_is_recognised_without_being_read(start):
+    scheduler = make()
+    scheduler.set_timesteps(8)
+    z = draw(torch.float32)
+    numbers = scheduler.step(z, int(scheduler.timesteps[start]), z).prev_sample
+    scheduler.set_timesteps(8)
+    timestep = next(iter(scheduler.timesteps[start:]))
+    with Operations() as seen:
+        by_address = scheduler.step(z, timestep, z, return_dict=False)[0]
+    assert not any("local_scalar" in name for name in seen.names)
+    assert torch.equal(by_address, numbers)
+    assert scheduler.step_index == start + 1
+
+
 def test_step_leaves_its_arguments_alone():
     scheduler = make()
     for dtype in (torch.float64, torch.float32, torch.float16):

@@ -301,7 +301,12 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self._steps[index]
 
     def _position(self, timestep: int | float | Tensor) -> int:
-        value = timestep.item() if isinstance(timestep, Tensor) else timestep
+        if isinstance(timestep, Tensor):
+            # An element of `timesteps` says by its address where it is: reading it would wait for the device.
+            if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr() and self._steps:
+                return timestep.storage_offset()
+            timestep = timestep.item()
+        value = timestep
         if value not in self._positions:
             todo = f"Expected one of {list(self._positions)}" if self._positions else "Call `set_timesteps` first"
             raise ValueError(f"`timestep={value}` is not a step of this run. {todo}.")

@@ -1,4 +1,4 @@
-"""The command `perflow`: argument parsing, then one library call a command."""
+"""The command `perflow demo`."""
 
 import os
 from pathlib import Path
@@ -6,21 +6,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    name="perflow",
-    help="Few-step sampling for Stable Diffusion pipelines.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
-
-@app.callback()
-def perflow() -> None:
-    """Few-step sampling for Stable Diffusion pipelines."""
-
-
-@app.command()
 def demo(
     prompts: Annotated[
         list[str] | None, typer.Argument(help='What to draw, one column each: "a person with red hair and glasses"')
@@ -63,8 +49,3 @@ def demo(
         raise typer.Exit(2) from None
     typer.echo(demonstration.table(rows))
     typer.echo(f"Error: mean squared pixel error (pixels in -1..1) to the same checkpoint's 100-step picture.\n{out}")
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()

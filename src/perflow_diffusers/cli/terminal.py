@@ -1,0 +1,52 @@
+"""What the commands share at the terminal: errors as sentences, progress bars, and care for files that exist."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from tqdm import tqdm
+
+#: exit codes: 0 done, 2 what was given cannot work, 130 interrupted
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+@contextmanager
+def failing(command: str) -> Iterator[None]:
+    """Turn the library's errors into one sentence on standard error and an exit code."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"perflow {command}: {error}", err=True)
+        raise typer.Exit(BAD_INPUT) from None
+    except KeyboardInterrupt:
+        typer.echo(f"perflow {command}: interrupted; no file was changed.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, driven by `progress(done, total)`; silent where nobody looks."""
+    with tqdm(desc=what, unit="tensor", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Refuse (ValueError) an output that exists, without --force, or whose folder does not."""
+    if out.exists() and not force and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists already. Choose another name, or pass --force to replace it.")
+    if not out.parent.is_dir():
+        raise ValueError(f"The folder {out.parent} does not exist. Create it first.")
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"The folder {out.parent} cannot be written to. Choose another place.")
+
+
+def gigabytes(nbytes: int) -> str:
+    """Bytes for people."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
