@@ -165,8 +165,9 @@ def test_fewer_steps_than_windows_are_honoured_with_one_warning():
     scheduler = make()
     with pytest.warns(UserWarning, match="2 steps for weights with 4 time windows"):
         scheduler.set_timesteps(2)
-    for n in (1, 2, 3):
+    for n, timesteps in ((1, [1000]), (2, [1000, 500]), (3, [1000, 750, 500])):
         scheduler.set_timesteps(n)  # warnings are errors here: a second one would fail
+        assert scheduler.timesteps.tolist() == timesteps
         assert len(scheduler.timesteps) == n == scheduler.num_inference_steps
         world = GaussianWorld(scheduler.path)
         assert torch.allclose(run(scheduler, world, draw()), world.flow(draw(), 1000, 0), atol=1e-12)

@@ -14,8 +14,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
-# Which end of the path gives up a boundary first when there are fewer steps than windows: "noisy" or "clean".
-MERGE = "noisy"
+# Which end of the path gives up a boundary first when there are fewer steps than windows: "noisy" or "clean". Measured
+# (benchmarks/sampling_choices.py): the flow amplifies an early error, so noisy windows keep a step of their own.
+MERGE = "clean"
 
 
 @dataclass(frozen=True)
