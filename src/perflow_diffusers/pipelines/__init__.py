@@ -1,0 +1,1 @@
+"""Pipelines that diffusers does not have (any more), on stock diffusers parts."""
