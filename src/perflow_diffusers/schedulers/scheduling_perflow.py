@@ -123,6 +123,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps, 0, -1)
+        self._run: Tensor | None = None
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._spans: dict[int, tuple[int, int]] = {}
@@ -176,13 +177,16 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at `timesteps[begin_index]`; pipelines call it for image to image.
 
-        Raises ValueError for a place that leaves no step: an image-to-image call with strength * steps < 1.
+        Raises ValueError for a place that leaves no step: an image-to-image call with strength * steps < 1, or a
+        refiner's with a `denoising_start` that no timestep lies below.
         """
         n = len(self.timesteps)
         if not 0 <= begin_index < n:
             raise ValueError(
                 f"`begin_index={begin_index}` leaves no step to take; expected 0 to {n - 1} with {n} steps. In image "
-                "to image this means strength * num_inference_steps < 1: raise one of them."
+                "to image this means strength * num_inference_steps < 1: raise one of them. For a refiner it means "
+                f"that no timestep of {self.timesteps.tolist()} lies below the cut: lower `denoising_start`, and the "
+                "base's `denoising_end` with it, or use more steps."
             )
         self._begin_index = begin_index
 
@@ -206,6 +210,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         points = self._grid(num_inference_steps) if timesteps is None else self._explicit(timesteps)
         self.num_inference_steps = len(points) - 1
         self.timesteps = torch.tensor(points[:-1], dtype=torch.int64, device=device)
+        self._run = self.timesteps  # kept even if someone assigns other timesteps: its address must stay taken
         self._begin_index = self._step_index = None
         self._prepare(points)
 
@@ -303,8 +308,9 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _position(self, timestep: int | float | Tensor) -> int:
         if isinstance(timestep, Tensor):
             # An element of `timesteps` says by its address where it is: reading it would wait for the device.
-            if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr() and self._steps:
-                return timestep.storage_offset()
+            run = self._run
+            if run is not None and timestep.untyped_storage().data_ptr() == run.untyped_storage().data_ptr():
+                return int(timestep.storage_offset())
             timestep = timestep.item()
         value = timestep
         if value not in self._positions:
@@ -328,9 +334,15 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         `original_samples`, `noise`: (B, ...); `timesteps`: integers () or (B,), from the last boundary to the first.
         At a timestep of the run the window is the one its step will follow. On boundaries this is the usual noising.
-        Returns the dtype of `original_samples`, computed in float32 or better. Raises ValueError out of range.
+        Returns the dtype of `original_samples`, computed in float32 or better. Raises ValueError out of range and for
+        no timestep at all.
         """
         index = torch.as_tensor(timesteps, device="cpu").to(torch.int64)
+        if index.numel() == 0:
+            raise ValueError(
+                "`timesteps` is empty: there is no step to take. In image to image this means "
+                "strength * num_inference_steps < 1: raise one of them."
+            )
         start, end = self.windows.of(index)
         for t, (s, e) in self._spans.items():
             start, end = torch.where(index == t, s, start), torch.where(index == t, e, end)
