@@ -81,9 +81,7 @@ def test_duplicate_keys_after_mapping(refused, delta):
     refused(delta, "more than one tensor for the same weight")
 
 
-def test_lora_and_original_format(refused):
-    refused({"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.zeros(1, 2)}, "is a LoRA")
-    refused({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.zeros(1, 2)}, "is a LoRA")
+def test_original_format(refused):
     refused({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, "original format")
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from perflow_diffusers.weights import SHORT_NAMES, WeightSourceError, open_weights
 from perflow_diffusers.weights.locate import HubSpec
+from perflow_diffusers.weights.lora import as_delta
 
 
 @pytest.fixture
@@ -276,6 +277,21 @@ def test_hub(hub, tensors):
     with pytest.raises(WeightSourceError, match="The Hub has no 'someone/else'"):
         open_weights("someone/else")
     assert isinstance(SHORT_NAMES["perflow-sd15-delta"], HubSpec)
+
+
+def test_companions_of_a_lora_come_from_the_hub_too(hub, tmp_path):
+    for path in hub.store.glob("*.safetensors"):
+        path.unlink()
+    factors = {"unet.conv_in.lora_A.weight": torch.ones(1, 2), "unet.conv_in.lora_B.weight": torch.ones(2, 1)}
+    save_file(factors, hub.store / "perflow.safetensors", {"perflow_residual": "perflow.residual.safetensors"})
+    save_file({"conv_in.bias": torch.ones(2)}, hub.store / "perflow.residual.safetensors")
+    repo = "hansyan/perflow-sd15-delta-weights"
+    source = open_weights(repo)
+    assert source.kind == "lora" and torch.equal(as_delta(source)["conv_in.bias"], torch.ones(2))
+    assert [name for _, name, _, _ in hub.downloads] == ["perflow.residual.safetensors", "perflow.safetensors"]
+    assert open_weights(hub.store).kind == "lora"
+    (hub.store / "perflow.safetensors").unlink()
+    assert list(open_weights(hub.store)) == ["conv_in.bias"]
 
 
 def test_hub_offline(hub, tensors):

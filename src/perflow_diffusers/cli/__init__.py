@@ -3,10 +3,12 @@
 import typer
 
 from perflow_diffusers.cli.demo import demo
+from perflow_diffusers.cli.hub import info, pull, push
+from perflow_diffusers.cli.weights import convert, diff, extract_lora, merge
 
 app = typer.Typer(
     name="perflow",
-    help="Few-step sampling for Stable Diffusion pipelines.",
+    help="Few-step sampling for Stable Diffusion pipelines: accelerators made, merged, converted, published.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -15,10 +17,11 @@ app = typer.Typer(
 
 @app.callback()
 def perflow() -> None:
-    """Few-step sampling for Stable Diffusion pipelines."""
+    """Few-step sampling for Stable Diffusion pipelines: accelerators made, merged, converted, published."""
 
 
-app.command()(demo)
+for command in (demo, info, diff, merge, extract_lora, convert, push, pull):
+    app.command()(command)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import DeltaError
+from perflow_diffusers.weights.single_file import unet_of_single_file
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
 from perflow_diffusers.weights.writer import Spec, tensor_bytes, write_folder, write_safetensors
 
@@ -59,8 +60,8 @@ def compute_delta(
     Raises `DeltaError` if keys, shapes or numbers do not allow a difference, `WeightSourceError` for what cannot be
     read, `WeightWriteError` for an `out` that cannot be written (all ValueErrors); an old file there is then intact.
     """
-    first, names = _named(base)
-    second, tuned_names = _named(tuned)
+    first, names = named_weights(base)
+    second, tuned_names = named_weights(tuned)
     _check_pair(first, names, second, tuned_names)
     pairs = {name: (names[name], tuned_names[name]) for name in sorted(names)}
     dropped = _identical(first, second, pairs) if drop_identical else ()
@@ -90,9 +91,18 @@ def compute_delta(
     return _delta(str(path), open_weights(path), final_header(), run)
 
 
+def check_delta(base: Any, tuned: Any) -> str:
+    """One sentence on what `compute_delta(base, tuned)` would make; reads no tensor. Raises what it would raise."""
+    first, names = named_weights(base)
+    second, tuned_names = named_weights(tuned)
+    _check_pair(first, names, second, tuned_names)
+    numbers = sum(torch.Size(first.shapes[key]).numel() for key in names.values())
+    return f"{second.name} minus {first.name}: {len(names)} tensors, {numbers / 1e6:.2f} M numbers"
+
+
 def content_hash(source: Any) -> str:
     """`sha256:...` over canonical names, dtypes, shapes and bytes: the same for the same weights in any file."""
-    weights, names = _named(source)
+    weights, names = named_weights(source)
     digest = hashlib.sha256()
     for name in sorted(names):
         _update(digest, name, weights[names[name]])
@@ -147,27 +157,25 @@ class _Differences:
         return stored
 
 
-def _named(anything: Any) -> tuple[WeightSource, dict[str, str]]:
-    """A source of complete weights and its `{canonical name: key}`; original-format files through diffusers."""
+def named_weights(anything: Any) -> tuple[WeightSource, dict[str, str]]:
+    """A source of complete weights of a UNet and its `{canonical name: key}`; original-format files through diffusers.
+
+    `anything` is what `compute_delta` takes. Raises `DeltaError` for a LoRA, empty weights, and doubled names.
+    """
     source = open_weights(anything)
+    if source.kind == "lora":
+        raise DeltaError(
+            f"{source.name} is a LoRA, not complete weights. `merge_delta` takes it as it is; for the difference that "
+            "it makes, pass a UNet that it is merged into."
+        )
     if keys.is_original_format(source):
-        source = _converted(source)
+        source = replace(unet_of_single_file(source), name=source.name, files=source.files)
     names, collisions = keys.canonical_map(source)
     if collisions:
         raise DeltaError(f"{source.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
     if not names:
         raise DeltaError(f"{source.name} is empty. Pass the weights of a UNet.")
     return source, names
-
-
-def _converted(source: WeightSource) -> WeightSource:
-    """The UNet of an original-format checkpoint, converted by diffusers (which may ask the Hub for its config)."""
-    from diffusers import UNet2DConditionModel
-
-    if not source.files:
-        raise DeltaError(f"{source.name} is in the original format: pass its file, which diffusers can convert.")
-    unet = UNet2DConditionModel.from_single_file(str(source.files[0]))
-    return open_weights(unet)
 
 
 def _check_pair(

@@ -7,10 +7,14 @@ from collections.abc import Iterable, Mapping
 ORIGINAL_PREFIX = "model.diffusion_model."
 
 _ADAPTER = re.compile(r"(^|\.)(lora_|lokr_|loha_|hada_|oft_|vera_|modules_to_save\.)|\.alpha$|\.dora_scale$")
-_LORA = re.compile(r"(^|[._])lora_(A|B|up|down|unet|te\d?)[._]|\.lora\.(up|down)\.|_lora\.(up|down)\.|\.dora_scale$")
+_LORA = re.compile(
+    r"(^|[._])lora_(A|B|up|down|mid|unet|te\d?)[._]|\.lora(_linear_layer)?\.(up|down)\.|_lora\.(up|down)\."
+    r"|\.dora_scale$|\.(hada|lokr|oft)_\w+(\.weight)?$"
+)
+_LORA_WORDS = ("lora", "dora_", "hada_", "lokr_", "oft_")  # no name without one of them can match: a fast first look
 _EXTENSION = re.compile(
     r"\.processor\.|(^|\.)encoder_hid_proj\.|(^|\.)(motion_modules|motion_module)\.|(^|\.)position_net\.|\.fuser\."
-    r"|(^|\.)class_embedding\.|(^|\.)time_embedding\.cond_proj\.|_joint\w*\.|\.to_q?kv\.|(^|\.)image_proj"
+    r"|(^|\.)class_embedding\.|(^|\.)time_embedding\.cond_proj\.|_joint\w*\.|\.to_q?kv\.|(^|\.)image_proj|(^|\.)ref_unet\."
 )
 _FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "the SDXL refiner", 4096: "a T5-conditioned UNet"}
 
@@ -54,8 +58,10 @@ def is_extension(name: str) -> bool:
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Whether any of the names is a LoRA factor in the layout of diffusers, PEFT or kohya."""
-    return any(_LORA.search(name) for name in names)
+    """Whether any of the names is a LoRA factor in the layout of diffusers, PEFT or kohya, or of one of LoRA's kin."""
+    names = list(names)
+    text = " ".join(names)
+    return any(word in text for word in _LORA_WORDS) and any(_LORA.search(name) for name in names)
 
 
 def is_original_format(names: Iterable[str]) -> bool:

@@ -9,10 +9,13 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from perflow_diffusers.weights.errors import WeightSourceError
+from perflow_diffusers.weights.published import PUBLISHED
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+#: Ends the name of the file that goes with a LoRA and holds what a LoRA cannot.
+RESIDUAL_SUFFIX = ".residual.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,22 @@ def _miniature() -> Path:
 #: Short name -> where it is: a Hub repository, or a function that gives a local file or folder.
 SHORT_NAMES: dict[str, HubSpec | Callable[[], Path]] = {
     "miniature": _miniature,
-    "perflow-sd15-delta": HubSpec(
-        "hansyan/perflow-sd15-delta-weights",
-        variant="v0-1",
-        metadata={"prediction_type": "diff_eps", "num_time_windows": "4"},
-    ),
+    **{
+        entry.short_name: HubSpec(entry.repo_id, variant=entry.variant, metadata=entry.training)
+        for entry in PUBLISHED
+        if entry.form == "delta"
+    },
 }
+
+
+def is_local(name: str | os.PathLike) -> bool:
+    """Whether `name` is a path here, comes with this package, or could not be on the Hub either."""
+    text = os.fspath(name)
+    if Path(text).expanduser().exists():
+        return True
+    if text in SHORT_NAMES:
+        return not isinstance(SHORT_NAMES[text], HubSpec)
+    return Path(text).suffix in (".safetensors", *PICKLES) or not _HUB_ID.fullmatch(text)
 
 
 def locate(
@@ -83,7 +96,7 @@ def locate(
             subfolder=subfolder or place.subfolder,
         )
         return _from_hub(place, token, local_files_only)
-    if path.suffix in (".safetensors", *PICKLES) or not _HUB_ID.fullmatch(text):
+    if is_local(text):
         raise WeightSourceError(
             f"No file, folder or known weights are called '{text}' (working folder: {Path.cwd()}). Pass a state dict, "
             "a .safetensors file, a folder, a Hub id ('owner/name') or a short name: "
@@ -133,6 +146,8 @@ def _gather(names: Iterable[str], fetch: Callable[[str], Path], where: str, vari
     names = sorted(names)
     chosen = _choose(names, where, variant)
     if chosen.endswith(".safetensors"):
+        for name in _companions(chosen, names):
+            fetch(name)
         return Located(where, (fetch(chosen),))
     index = fetch(chosen)
     try:
@@ -181,7 +196,15 @@ def _choose(names: list[str], where: str, variant: str | None) -> str:
 def _weight_files(names: list[str]) -> list[str]:
     """Whole safetensors files and indices of sharded ones."""
     whole = [name for name in names if name.endswith(".safetensors") and not _SHARD.search(name)]
+    whole = [name for name in whole if not name.endswith(RESIDUAL_SUFFIX)] or whole
     return whole + [name for name in names if ".safetensors.index." in name and name.endswith(".json")]
+
+
+def _companions(chosen: str, names: list[str]) -> list[str]:
+    """Files that are read beside a weight file: a LoRA's residual, PEFT's config."""
+    residual = chosen.removesuffix(".safetensors") + RESIDUAL_SUFFIX
+    config = str(PurePosixPath(chosen).with_name("adapter_config.json"))
+    return [name for name in (residual, config) if name in names]
 
 
 def _nothing_found(names: list[str], where: str) -> str:

@@ -1,7 +1,7 @@
 """All that can be wrong with a merge, found before a weight changes: `plan_merge(unet, source) -> MergePlan`."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -10,12 +10,12 @@ import torch
 
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import MergeError
+from perflow_diffusers.weights.lora import as_delta
 from perflow_diffusers.weights.source import WeightSource, open_weights
 
 ConvIn = Literal["pad", "skip"]
 
 _WIDE = "conv_in.weight"
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class MergePlan:
     """What a merge will change; it exists only if everything fits.
 
     `edits` are the weights to change, `untouched` the model's weights that the delta leaves alone (canonical names),
-    `skipped` what was left out on request, `largest` the largest absolute value in the delta, `fingerprint` the same
-    for the same delta wherever it was read from.
+    `skipped` what was left out on request, `largest` the largest absolute value in the delta (of a LoRA or packed
+    delta a bound of it, if that is small), `fingerprint` the same for the same delta wherever it was read from.
     """
 
     source: WeightSource
@@ -52,18 +52,26 @@ class MergePlan:
 def plan_merge(pipe_or_unet: Any, source: Any, *, scale: float = 1.0, conv_in: ConvIn = "pad") -> MergePlan:
     """Check that a delta fits a UNet and say what merging it would change; changes nothing.
 
-    `source` is anything that `open_weights` takes. Reads the delta once, to see that every number is finite.
-    `conv_in` says what happens to a `conv_in.weight` with more input channels than the delta's (inpainting, 8-channel
-    models): "pad" adds the delta to the first ones, which are the noisy latent; "skip" leaves it as it is.
+    `source` is anything that `open_weights` takes: a delta in any format, or a LoRA, which may cover only some of the
+    weights. Reads a delta once, to see that every number is finite; of a LoRA only the factors are read for that, so
+    each product is computed once a merge. `conv_in` says what happens to a `conv_in.weight` with more input channels
+    than the delta's (inpainting, 8-channel models): "pad" adds the delta to the first ones, which are the noisy
+    latent; "skip" leaves it as it is.
 
     Raises `MergeError` (a ValueError) if the model is offloaded, quantised, fused or no UNet; if keys are missing,
-    unknown or misshapen; if the delta is empty, not finite, a LoRA, or complete weights in another format.
+    unknown or misshapen; if the delta is empty, not finite, or complete weights; `WeightSourceError` for a LoRA of a
+    kind that is no low-rank product (DoRA, LoHa, LoKr, ...), or that is damaged. Warns of layers for text encoders.
     """
+    return plan_weights(usable_weights(find_unet(pipe_or_unet)), source, scale=scale, conv_in=conv_in)
+
+
+def plan_weights(
+    weights: Mapping[str, torch.Tensor], source: Any, *, scale: float = 1.0, conv_in: ConvIn = "pad"
+) -> MergePlan:
+    """`plan_merge` for weights that are at hand under their canonical names; errors as there."""
     if conv_in not in ("pad", "skip"):
         raise MergeError(f"conv_in={conv_in!r} is unknown. Pass 'pad' or 'skip'.")
-    unet = find_unet(pipe_or_unet)
-    weights = usable_weights(unet)
-    delta = open_weights(source)
+    delta = as_delta(_checked_source(source), {name: tuple(weight.shape) for name, weight in weights.items()})
     names = _checked_names(delta)
     _refuse_complete_weights(delta, names, weights)
     edits, skipped = _edits(delta, names, weights, conv_in)
@@ -146,8 +154,9 @@ def _check_modules(unet: torch.nn.Module) -> None:
             )
 
 
-def _checked_names(delta: WeightSource) -> dict[str, str]:
-    """`{canonical name: key}` of a delta that is one."""
+def _checked_source(source: Any) -> WeightSource:
+    """What is opened, if there is anything in it, and in a layout that a delta can have."""
+    delta = open_weights(source)
     if len(delta) == 0:
         raise MergeError(f"{delta.name} is empty: there is nothing to merge.")
     if keys.is_original_format(delta):
@@ -155,8 +164,11 @@ def _checked_names(delta: WeightSource) -> dict[str, str]:
             f"{delta.name} is a complete checkpoint in the original format, not a delta. Make one with "
             "`compute_delta(base, tuned)`, or load it as a pipeline of its own with `from_single_file`."
         )
-    if delta.kind == "lora":
-        raise MergeError(f"{delta.name} is a LoRA, not a delta. Load it with `pipe.load_lora_weights(...)`.")
+    return delta
+
+
+def _checked_names(delta: WeightSource) -> dict[str, str]:
+    """`{canonical name: key}` of a delta."""
     names, collisions = keys.canonical_map(delta)
     if collisions:
         shown = ", ".join(f"{first} and {second}" for first, second in collisions[:3])
@@ -190,7 +202,8 @@ def _edits(
     """Pair every tensor of the delta with its weight; all that does not fit is told in one error."""
     identical = set(delta.metadata.get("identical", "").split())
     unknown = [name for name in names if name not in weights]
-    missing = [name for name in weights if name not in names and name not in identical and not keys.is_extension(name)]
+    expected = [name for name in weights if name not in identical and not keys.is_extension(name)]
+    missing = [name for name in expected if name not in names and not delta.partial]
     edits, skipped, misshapen = [], [], []
     for name, key in names.items():
         if name not in weights:
@@ -247,8 +260,8 @@ def _mismatch(
 
 
 def _scan(delta: WeightSource, edits: tuple[Edit, ...]) -> tuple[float, str]:
-    """Largest absolute value and a fingerprint of the content; refuses NaN and Inf. `aminmax` sees both."""
-    extremes = sorted(_extremes(delta, edits))
+    """Largest absolute value and a fingerprint of the content; refuses NaN and Inf."""
+    extremes = sorted((edit.name, *delta.extremes(edit.key)) for edit in edits)
     peaks = {name: max(abs(low), abs(high)) for name, low, high in extremes}
     bad = [name for name, peak in peaks.items() if not peak < float("inf")]
     if bad:
@@ -257,14 +270,6 @@ def _scan(delta: WeightSource, edits: tuple[Edit, ...]) -> tuple[float, str]:
             "damaged, or overflowed when it was stored in fp16: make or download it again."
         )
     return max(peaks.values(), default=0.0), hashlib.sha256(repr(extremes).encode()).hexdigest()
-
-
-def _extremes(delta: WeightSource, edits: tuple[Edit, ...]) -> Iterator[tuple[str, float, float]]:
-    for edit in edits:
-        tensor = delta[edit.key].detach()
-        if tensor.numel():
-            low, high = torch.aminmax(tensor if tensor.dtype in _FLOATS else tensor.float())
-            yield edit.name, low.item(), high.item()
 
 
 def check_range(plan: MergePlan, scale: float, weights: Mapping[str, torch.Tensor]) -> None:

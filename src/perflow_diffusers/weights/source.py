@@ -33,6 +33,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_ORDERED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that have an `aminmax`
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +41,9 @@ class WeightSource(Mapping[str, torch.Tensor]):
     """A read-only mapping `{name: tensor}` that reads a tensor when it is asked for it.
 
     `shapes` and `dtypes` know every tensor without reading it; `metadata` (str -> str) is what the file's header says;
-    `kind` is "delta" (the header says so), "lora" (the names say so) or "weights" (anything else: complete weights,
-    or a delta without a header); `name` is where it came from, for people; `files` are the files it reads, none for
-    tensors in memory. Tensors of files are memory-mapped on the CPU: do not write to them.
+    `kind` is "lora" (the names say so, whatever the header says), "delta" (the header says so) or "weights" (anything
+    else: complete weights, or a delta without a header); `name` is where it came from, for people; `files` are the
+    files it reads, none for tensors in memory. Tensors of files are memory-mapped on the CPU: do not write to them.
     """
 
     name: str
@@ -55,15 +56,32 @@ class WeightSource(Mapping[str, torch.Tensor]):
     @property
     def kind(self) -> str:
         """ "delta", "lora" or "weights"."""
-        if self.metadata.get("perflow_format", "").startswith("delta"):
-            return "delta"
-        return "lora" if keys.is_lora(self.shapes) else "weights"
+        if keys.is_lora(self.shapes):
+            return "lora"
+        return "delta" if self.metadata.get("perflow_format", "").startswith("delta") else "weights"
+
+    @property
+    def partial(self) -> bool:
+        """Whether it is meant to cover only some weights of a model."""
+        return False
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
         sizes = (torch.Size(shape).numel() * self.dtypes[name].itemsize for name, shape in self.shapes.items())
         return sum(sizes)
+
+    def extremes(self, name: str) -> tuple[float, float]:
+        """Smallest and largest number of a tensor, or bounds of them; NaN or Inf if any number is not finite."""
+        tensor = self[name].detach()
+        if not tensor.numel():
+            return 0.0, 0.0
+        low, high = torch.aminmax(tensor if tensor.dtype in _ORDERED else tensor.float())
+        return low.item(), high.item()
+
+    def near(self, name: str, device: torch.device) -> torch.Tensor:
+        """A tensor for use on `device`: already there if it must be computed, else wherever it is."""
+        return self[name]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.shapes:

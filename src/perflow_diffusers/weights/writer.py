@@ -123,6 +123,18 @@ def check_target(target: Path, nbytes: int, *, overwrite: bool) -> None:
         )
 
 
+def write_text(path: str | os.PathLike, text: str, *, overwrite: bool = False) -> Path:
+    """Write a small UTF-8 file, complete or not at all; errors as in `write_safetensors`."""
+    target = Path(path)
+    content = text.encode()
+    check_target(target, len(content), overwrite=overwrite)
+    with _temporary(target) as (temporary, file):
+        file.write(content)
+        file.close()
+        os.replace(temporary, target)
+    return target
+
+
 @contextmanager
 def _temporary(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """An open file beside `target` that is gone afterwards unless it was renamed."""

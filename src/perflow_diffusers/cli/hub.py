@@ -1,0 +1,103 @@
+"""Commands on artefacts and their repositories: info, push, pull."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perflow_diffusers.cli.terminal import failing
+
+
+def info(
+    source: Annotated[
+        str, typer.Argument(help="A .safetensors file, a folder, a short name (perflow-sd15-delta) or a Hub id.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts: one JSON object.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
+) -> None:
+    """Say what weights are and how they are to be used: type, windows, steps, guidance, base, licence, sizes.
+
+    Reads headers only; of a Hub repository no weights are downloaded.
+
+    Examples:
+
+        perflow info perflow.safetensors
+
+        perflow info perflow-sd15-delta
+
+        perflow info someone/perflow-sd15 --json
+    """
+    from perflow_diffusers.hub import describe
+    from perflow_diffusers.weights import describe_weights, is_local
+
+    with failing("info"):
+        if is_local(source):
+            weights = describe_weights(source)
+            typer.echo(json.dumps(weights.to_dict(), indent=2) if as_json else str(weights))
+        else:
+            found = describe(source, revision=revision)
+            typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="An artefact: what PeRFlowArtifact.save or a training run wrote.")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub; created if it does not exist.")],
+    licence: Annotated[
+        str | None, typer.Option(help="Licence of the weights; default: the card's, or the base's.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository for yourself alone.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if missing.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    commit_message: Annotated[str | None, typer.Option(help="What the commit says.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the folder and list what would be pushed.")
+    ] = False,
+) -> None:
+    """Publish an artefact: settings, weights, card and pictures in one commit.
+
+    The token is the one of `hf auth login` (or HF_TOKEN).
+
+    Examples:
+
+        perflow push perflow-sd15 someone/perflow-sd15 --licence creativeml-openrail-m
+
+        perflow push perflow-sd15 someone/perflow-sd15 --create-pr --commit-message "Better eight steps"
+    """
+    from perflow_diffusers.hub import push_perflow
+    from perflow_diffusers.hub.push import files_to_push
+
+    with failing("push"):
+        if dry_run:
+            typer.echo("\n".join(files_to_push(folder)))
+            typer.echo(f"Dry run: nothing was pushed to {repo_id}.")
+            return
+        url = push_perflow(
+            folder,
+            repo_id,
+            licence=licence,
+            private=private or None,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+        typer.echo(url)
+
+
+def pull(
+    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
+    folder: Annotated[Path, typer.Argument(help="Where the copy goes.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there already.")] = False,
+) -> None:
+    """Copy an artefact from the Hub into a folder; `load_perflow(pipe, FOLDER)` then needs no network.
+
+    Example:
+
+        perflow pull someone/perflow-sd15 perflow-sd15
+    """
+    from perflow_diffusers.hub import pull as pull_artifact
+
+    with failing("pull"):
+        artifact = pull_artifact(repo_id, folder, revision=revision, overwrite=force)
+        typer.echo(f"{artifact.name}: {artifact.prediction_type}, {artifact.num_time_windows} windows: {folder}")

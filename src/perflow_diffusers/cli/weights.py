@@ -1,0 +1,212 @@
+"""Commands on weight files: info, diff, merge, extract-lora, convert."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from perflow_diffusers.cli.terminal import check_out, failing, gigabytes, progress_bar
+
+Source = Annotated[
+    str, typer.Argument(help="A .safetensors file, a model or pipeline folder, a short name or a Hub id.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at OUT.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+Variant = Annotated[str | None, typer.Option(help="Variant of a model folder or repository, such as fp16.")]
+
+
+StoredDtype = Literal["float16", "bfloat16", "float32"]
+Form = Literal["diffusers", "kohya", "float16", "bfloat16", "int8"]
+PerflowType = Literal["ddim_eps", "diff_eps", "velocity"]
+
+
+def diff(
+    base: Annotated[str, typer.Argument(help="The model before: file, folder, pipeline folder, Hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The model after: the few-step student.")],
+    out: Annotated[Path, typer.Argument(help="The delta: a .safetensors file, or a folder with --shard-size.")],
+    dtype: Annotated[StoredDtype | None, typer.Option(help="Stored as; default: the wider one of the two.")] = None,
+    prediction_type: Annotated[PerflowType | None, typer.Option(help="How the student was trained.")] = None,
+    num_time_windows: Annotated[int | None, typer.Option(min=1, help="How many windows it was trained with.")] = None,
+    recommended_steps: Annotated[
+        list[int] | None, typer.Option(help="Steps it is good at; repeat for several.")
+    ] = None,
+    recommended_guidance_scale: Annotated[float | None, typer.Option(help="Guidance to sample with.")] = None,
+    drop_identical: Annotated[bool, typer.Option(help="Leave tensors out that are equal in both.")] = False,
+    shard_size: Annotated[float | None, typer.Option(help="Write shards of at most this many GB.")] = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
+    """Make a delta: TUNED minus BASE, tensor by tensor, in little memory.
+
+    What the options say of the training travels in the header, so that loading the delta can set the scheduler.
+
+    Examples:
+
+        perflow diff sd15-unet out/unet perflow.safetensors --prediction-type ddim_eps --num-time-windows 4
+
+        perflow diff v1-5-pruned.safetensors civitai-turbo.safetensors turbo.safetensors --dtype float16
+    """
+    import torch
+
+    from perflow_diffusers.weights import check_delta, compute_delta
+
+    metadata: dict[str, Any] = {
+        "prediction_type": prediction_type if prediction_type else None,
+        "num_time_windows": num_time_windows,
+        "recommended_steps": recommended_steps,
+        "recommended_guidance_scale": recommended_guidance_scale,
+    }
+    with failing("diff"):
+        check_out(out, force)
+        if dry_run:
+            typer.echo(f"{check_delta(base, tuned)}\nDry run: {out} was not written.")
+            return
+        with progress_bar("diff") as progress:
+            delta = compute_delta(
+                base,
+                tuned,
+                out,
+                dtype=getattr(torch, dtype) if dtype else None,
+                metadata={key: value for key, value in metadata.items() if value is not None},
+                drop_identical=drop_identical,
+                max_shard_size=int(shard_size * 1e9) if shard_size else None,
+                overwrite=force,
+                progress=progress,
+            )
+        typer.echo(str(delta))
+
+
+def merge(
+    base: Annotated[str, typer.Argument(help="The model: file, UNet folder, pipeline folder, Hub id.")],
+    delta: Annotated[str, typer.Argument(help="What is added: a delta or a LoRA, of any form.")],
+    out: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder that UNet2DConditionModel loads.")],
+    scale: Annotated[float, typer.Option(help="Strength; 1 is the full delta.")] = 1.0,
+    conv_in: Annotated[
+        Literal["pad", "skip"], typer.Option(help="A wider conv_in (inpainting): pad or skip it.")
+    ] = "pad",
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
+    """Write BASE + scale x DELTA as a new UNet, from file to file.
+
+    In a running pipeline use `merge_delta` instead: it needs no file, and can be undone.
+
+    Examples:
+
+        perflow merge Lykon/dreamshaper-8 perflow-sd15-delta dreamshaper-perflow-unet
+
+        perflow merge unet.safetensors style-lora.safetensors merged.safetensors --scale 0.8
+    """
+    from perflow_diffusers.weights import merge_files
+
+    with failing("merge"), progress_bar("merge") as progress:
+        check_out(out, force)
+        report = merge_files(
+            base,
+            delta,
+            out,
+            scale=scale,
+            conv_in=conv_in,
+            overwrite=force,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    typer.echo(str(report))
+    if dry_run:
+        typer.echo(f"Dry run: {out} was not written.")
+
+
+def extract_lora(
+    delta: Source,
+    out: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder that load_lora_weights reads.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="The same rank for every layer.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Per layer the smallest rank that keeps this share of its energy (at most --rank, if given).",
+        ),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option(help="Full singular value decomposition instead of the randomised one.")
+    ] = False,
+    residual: Annotated[
+        bool, typer.Option(help="Keep biases and norms, which a LoRA cannot carry, in a small file beside it.")
+    ] = True,
+    dtype: Annotated[StoredDtype, typer.Option(help="Stored as.")] = "float16",
+    report: Annotated[Path | None, typer.Option(help="Write the report, layer by layer, to this JSON file.")] = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
+    """Turn a delta into a LoRA that plain diffusers, ComfyUI and others load.
+
+    Examples:
+
+        perflow extract-lora perflow.safetensors perflow-lora --rank 64
+
+        perflow extract-lora perflow.safetensors perflow-lora.safetensors --energy 0.9 --report report.json
+    """
+    import torch
+
+    from perflow_diffusers.weights import extract_lora, open_weights
+
+    with failing("extract-lora"):
+        check_out(out, force)
+        if report is not None:
+            check_out(report, force)
+        if dry_run:
+            source = open_weights(delta)
+            typer.echo(f"{source.name}: {len(source)} tensors, {gigabytes(source.nbytes)}")
+            typer.echo(f"Dry run: {out} was not written.")
+            return
+        with progress_bar("extract-lora") as progress:
+            result = extract_lora(
+                delta,
+                out,
+                rank=rank,
+                energy=energy,
+                exact=exact,
+                residual=residual,
+                dtype=getattr(torch, dtype),
+                overwrite=force,
+                progress=progress,
+            )
+        if report is not None:
+            report.write_text(json.dumps(result.to_dict(), indent=2))
+        typer.echo(str(result))
+
+
+def convert(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    to: Annotated[Form, typer.Option(help="A LoRA: diffusers or kohya keys. A delta: float16, bfloat16 or int8.")],
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
+    """Write a LoRA in another tool's layout, or a delta in a smaller form.
+
+    LoRA layouts are converted without loss, both ways. int8 has one scale per output channel; the loader reads it like
+    any delta.
+
+    Examples:
+
+        perflow convert pytorch_lora_weights.safetensors comfy.safetensors --to kohya
+
+        perflow convert perflow.safetensors perflow-int8.safetensors --to int8
+    """
+    from perflow_diffusers.weights import convert_lora, open_weights, shrink_delta
+
+    with failing("convert"):
+        check_out(out, force)
+        if dry_run:
+            opened = open_weights(source)
+            typer.echo(f"{opened.name}: {opened.kind}, {len(opened)} tensors, {gigabytes(opened.nbytes)}")
+            typer.echo(f"Dry run: {out} was not written.")
+        elif to == "diffusers" or to == "kohya":
+            typer.echo(f"{convert_lora(source, out, to, overwrite=force)}")
+        else:
+            with progress_bar("convert") as progress:
+                typer.echo(str(shrink_delta(source, out, to, overwrite=force, progress=progress)))

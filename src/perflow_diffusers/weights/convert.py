@@ -1,0 +1,223 @@
+"""LoRA files from one layout to the other without loss: `convert_lora(source, out, "diffusers" | "kohya")`."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from perflow_diffusers.weights import lora_names
+from perflow_diffusers.weights.errors import WeightSourceError
+from perflow_diffusers.weights.locate import RESIDUAL_SUFFIX
+from perflow_diffusers.weights.lora import RESIDUAL, open_residual
+from perflow_diffusers.weights.lora_layers import ADAPTER_METADATA, LoraLayer, adapter_metadata, lora_layers
+from perflow_diffusers.weights.source import WeightSource, open_weights
+from perflow_diffusers.weights.writer import Spec, check_target, write_safetensors
+
+Layout = Literal["diffusers", "kohya"]
+
+#: Header key that remembers what the diffusers layout has no place for, so that the way back restores every bit.
+_SPELLING = "perflow_kohya"
+_SDXL_WIDTH = 2048
+
+
+def convert_lora(source: Any, out: str | os.PathLike, layout: Layout, *, overwrite: bool = False) -> Path:
+    """Write a LoRA in the layout of diffusers or of kohya (which ComfyUI and the web UIs read), tensor by tensor.
+
+    `source` is anything that `open_weights` takes; its layout may be any that `lora_layers` knows. Every tensor keeps
+    its bits and dtype, text encoder layers, `conv_in`, `conv_out` and the time embedding included. In the kohya layout
+    alpha is a tensor per layer; in that of diffusers it stands in the header as `lora_adapter_metadata`, and what
+    kohya's spelling had (dtype of alpha, prefixes) is noted in the header too: converting there and back gives the
+    same tensors under the same names. SDXL UNet layers get the original-format names that kohya gives them. The header
+    is carried along, and a residual (see `as_delta`) is copied beside `out`.
+
+    Raises `WeightSourceError` for what is no LoRA, for tensors of unknown name (the error names them), for kinds of
+    layers that the layout cannot hold; `WeightWriteError` for an `out` that cannot be written. An old file there is
+    then intact.
+    """
+    if layout not in get_args(Layout):
+        raise WeightSourceError(f"layout={layout!r} is unknown. Pass one of {', '.join(get_args(Layout))}.")
+    given = open_weights(source)
+    if given.kind != "lora":
+        raise WeightSourceError(
+            f"{given.name} is not a LoRA, so there is no layout to convert. Make one of a delta with `extract_lora`."
+        )
+    layers = lora_layers(given)
+    target = Path(out)
+    check_target(target, given.nbytes, overwrite=overwrite)
+    header = {"format": "pt", **given.metadata}
+    tensors = _to_kohya(given, layers, header) if layout == "kohya" else _to_diffusers(given, layers, header)
+    _copy_residual(given, target, header, overwrite=overwrite)
+    specs: dict[str, Spec] = {name: spec for name, (spec, _) in tensors.items()}
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, (_, read) in tensors.items():
+            yield name, read()
+
+    return write_safetensors(target, specs, stream(), header, overwrite=overwrite)
+
+
+#: What a tensor will be, and a function that reads it.
+_Tensors = dict[str, tuple[Spec, Callable[[], torch.Tensor]]]
+
+
+def _take(source: WeightSource, key: str) -> tuple[Spec, Callable[[], torch.Tensor]]:
+    return (source.shapes[key], source.dtypes[key]), lambda: source[key]
+
+
+def _to_diffusers(source: WeightSource, layers: tuple[LoraLayer, ...], header: dict[str, str]) -> _Tensors:
+    """`unet.<module>.lora_A.weight`, and the config in the header."""
+    tucker = [layer.module for layer in layers if layer.mid is not None]
+    if tucker:
+        raise WeightSourceError(
+            f"{len(tucker)} layers of {source.name} have a middle factor (LoCon's Tucker form), e.g. {tucker[0]}, "
+            "which the layout of diffusers cannot hold. `merge_delta` takes the file as it is."
+        )
+    tensors: _Tensors = {}
+    for layer in layers:
+        name = f"{layer.component}.{layer.module}"
+        tensors[f"{name}.lora_A.weight"] = _take(source, layer.down)
+        tensors[f"{name}.lora_B.weight"] = _take(source, layer.up)
+    if any(layer.prefix for layer in layers):
+        header[_SPELLING] = json.dumps(_spelling(source, layers))
+    if not _says_the_same(source, layers):
+        config: dict[str, Any] = {}
+        for component in lora_names.KOHYA_PREFIXES:
+            own = {layer.module: (layer.rank, layer.alpha) for layer in layers if layer.component == component}
+            config |= adapter_metadata(own, component) if own else {}
+        header[ADAPTER_METADATA] = json.dumps(config, indent=2, sort_keys=True)
+    return tensors
+
+
+def _says_the_same(source: WeightSource, layers: tuple[LoraLayer, ...]) -> bool:
+    """Whether the config in the header, alone, gives every layer its alpha, as for a file converted before."""
+    if ADAPTER_METADATA not in source.metadata:
+        return False
+    read = {name for layer in layers for name in (layer.down, layer.up)}
+    bare = WeightSource(
+        source.name,
+        {name: source.shapes[name] for name in read},
+        {name: source.dtypes[name] for name in read},
+        source.read,
+        source.metadata,
+    )
+    return all(old.alpha == new.alpha for old, new in zip(layers, lora_layers(bare), strict=True))
+
+
+def _spelling(source: WeightSource, layers: tuple[LoraLayer, ...]) -> dict[str, Any]:
+    """Prefixes, original-format names, dtype and shape of alpha (None: no alpha): the commonest, and exceptions."""
+    alphas = {layer: _alpha_kind(source, layer) for layer in layers}
+    common = Counter(json.dumps(kind) for kind in alphas.values()).most_common(1)[0][0]
+    return {
+        "prefixes": {layer.component: layer.prefix for layer in layers},
+        "original": any(layer.original for layer in layers),
+        "alpha": json.loads(common),
+        "alphas": {
+            f"{layer.component}.{layer.module}": kind for layer, kind in alphas.items() if json.dumps(kind) != common
+        },
+    }
+
+
+def _alpha_kind(source: WeightSource, layer: LoraLayer) -> list[Any] | None:
+    if layer.alpha_key is None:
+        return None
+    return [str(source.dtypes[layer.alpha_key]).removeprefix("torch."), list(source.shapes[layer.alpha_key])]
+
+
+def _to_kohya(source: WeightSource, layers: tuple[LoraLayer, ...], header: dict[str, str]) -> _Tensors:
+    """`lora_unet_<module with underscores>.lora_down.weight`, `.lora_up.weight` and `.alpha`."""
+    spelling = _noted_spelling(source) if not any(layer.prefix for layer in layers) else _spelling(source, layers)
+    sdxl = _is_sdxl(source, layers)
+    original = bool(spelling.get("original", sdxl))
+    tensors: _Tensors = {}
+    for layer in layers:
+        name = _kohya_name(layer, spelling, original=original, sdxl=sdxl)
+        if name is None or f"{name}.lora_down.weight" in tensors:
+            raise WeightSourceError(
+                f"{layer.component}.{layer.module} of {source.name} has no name in the kohya layout that could be "
+                "read back. Known are the layers of UNets of SD 1.x, 2.x, SDXL, and of CLIP text encoders."
+            )
+        tensors[f"{name}.lora_down.weight"] = _take(source, layer.down)
+        tensors[f"{name}.lora_up.weight"] = _take(source, layer.up)
+        if layer.mid is not None:
+            tensors[f"{name}.lora_mid.weight"] = _take(source, layer.mid)
+        alpha = _alpha_tensor(source, layer, spelling)
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = (tuple(alpha.shape), alpha.dtype), partial(torch.clone, alpha)
+    header.pop(_SPELLING, None)
+    header.setdefault("ss_network_module", "networks.lora")
+    header.setdefault("ss_network_dim", str(Counter(layer.rank for layer in layers).most_common(1)[0][0]))
+    header.setdefault("ss_network_alpha", f"{Counter(layer.alpha for layer in layers).most_common(1)[0][0]:g}")
+    return tensors
+
+
+def _kohya_name(layer: LoraLayer, spelling: Mapping[str, Any], *, original: bool, sdxl: bool) -> str | None:
+    """Name of a layer with underscores; None if it could not be read back."""
+    usual = lora_names.KOHYA_PREFIXES[layer.component]
+    prefix = spelling.get("prefixes", {}).get(layer.component, usual[-1] if sdxl else usual[0])
+    module: str | None = layer.module
+    if layer.component != "unet":
+        module = f"text_model.{module}" if layer.module.startswith("encoder.") else module  # as older CLIP models say
+    elif original:
+        module = lora_names.to_original(layer.module)
+    if module is None:
+        return None
+    name = prefix + module.replace(".", "_")
+    back = lora_names.parse(f"{name}.alpha")
+    return name if back is not None and _bare(back.module) == _bare(layer.module) else None
+
+
+def _bare(module: str) -> str:
+    return module.removeprefix("text_model.")
+
+
+def _noted_spelling(source: WeightSource) -> dict[str, Any]:
+    try:
+        noted = json.loads(source.metadata.get(_SPELLING, "{}"))
+        return noted if isinstance(noted, dict) else {}
+    except ValueError:
+        return {}
+
+
+def _alpha_tensor(source: WeightSource, layer: LoraLayer, spelling: Mapping[str, Any]) -> torch.Tensor | None:
+    """alpha as it was, as it was noted, or in the first of the factors' dtype, fp32 and fp64 that holds its value."""
+    if layer.alpha_key is not None:
+        return source[layer.alpha_key]
+    if "alpha" in spelling:
+        kind = spelling.get("alphas", {}).get(f"{layer.component}.{layer.module}", spelling["alpha"])
+        if kind is None:
+            return None
+        return torch.full(tuple(kind[1]), layer.alpha, dtype=getattr(torch, kind[0]))
+    for dtype in (source.dtypes[layer.down], torch.float32):
+        if dtype.itemsize > 1 and torch.tensor(layer.alpha, dtype=dtype).item() == layer.alpha:
+            return torch.tensor(layer.alpha, dtype=dtype)
+    return torch.tensor(layer.alpha, dtype=torch.float64)
+
+
+def _is_sdxl(source: WeightSource, layers: tuple[LoraLayer, ...]) -> bool:
+    """Judged by the width of the text embedding, the second text encoder, and modules that only SDXL has."""
+    return any(
+        layer.component == "text_encoder_2"
+        or layer.module.startswith("add_embedding.")
+        or (layer.module.endswith(("attn2.to_k", "attn2.to_v")) and source.shapes[layer.down][1] == _SDXL_WIDTH)
+        or ".transformer_blocks.1." in layer.module
+        for layer in layers
+    )
+
+
+def _copy_residual(source: WeightSource, target: Path, header: dict[str, str], *, overwrite: bool) -> None:
+    """The residual under the name that goes with `target`, if the LoRA has one."""
+    residual = open_residual(source)
+    if not residual:
+        return
+    path = target.with_name(target.name.removesuffix(".safetensors") + RESIDUAL_SUFFIX)
+    header[RESIDUAL] = path.name
+    if residual.files == (path,):
+        return
+    specs = {name: (shape, residual.dtypes[name]) for name, shape in residual.shapes.items()}
+    tensors = ((name, residual[name]) for name in residual)
+    write_safetensors(path, specs, tensors, residual.metadata, overwrite=overwrite)

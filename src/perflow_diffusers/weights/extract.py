@@ -1,0 +1,335 @@
+"""A delta as a LoRA: `extract_lora(delta, out, rank=64 | energy=0.95)`, D ~ B A per layer, the rest as a residual."""
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.errors import DeltaError, WeightWriteError
+from perflow_diffusers.weights.lora import ADAPTER_METADATA, RESIDUAL, adapter_metadata, as_delta
+from perflow_diffusers.weights.lora_report import LayerReport, LoraReport
+from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
+from perflow_diffusers.weights.svd import Effort, Wanted, balanced, low_rank, squared_norm
+from perflow_diffusers.weights.writer import Spec, check_target, specs_of, write_safetensors
+
+LORA_FORMAT = "lora-1"
+RESIDUAL_FORMAT = "delta-residual-1"
+LORA_NAME = "pytorch_lora_weights.safetensors"
+DEFAULT_RANK = 64
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_FLOOR = 1e-6  # of the mean moment: an input that was never on must not make the weights of others infinite
+_PREFIX = "unet"
+_ROWS = 128
+_OWN_KEYS = ("format", "perflow_format", "dtype", "identical", ADAPTER_METADATA, RESIDUAL)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A finished layer: factors as they are stored, and what was lost in squared norms."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    report: LayerReport
+    energy: float
+    lost: float
+
+
+def extract_lora(
+    delta: Any,
+    out: str | os.PathLike,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    moments: Mapping[str, torch.Tensor] | None = None,
+    exact: bool = False,
+    oversampling: int = 16,
+    power_iterations: int = 2,
+    residual: bool = True,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoraReport:
+    """Approximate a delta by a LoRA that `pipe.load_lora_weights(out)` reads, the best one of its rank in every layer.
+
+    `delta` is anything that `open_weights` takes, a LoRA or an int8 delta included. `out` is a `.safetensors` file or
+    a folder (then `pytorch_lora_weights.safetensors` in it). Every weight of a linear layer or convolution becomes
+    B (out, r) times A (r, in), convolutions as (out, in * height * width) matrices; alpha is the rank, so that the
+    LoRA at scale 1 is the delta.
+
+    - `rank` (default 64) holds for every layer, or less where the matrix is smaller. With `energy` (0 < energy <= 1)
+      each layer gets the smallest rank that keeps this share of its squared norm, at most `rank` if that is given.
+    - `moments` (`measure_moments`) are `{canonical weight name: E[x x^T]}` of the layers' inputs, (in,) for the
+      diagonal, or (in, in): what is minimised is then E|(D - BA) x|^2, the error of the layers' outputs, and `energy`
+      is a share of E|D x|^2. A convolution takes (in_channels,), the same for all places of the kernel. Layers
+      without a moment are approximated plainly.
+    - `exact` takes the spectrum of every layer in float64, else large matrices are approximated in a random basis that
+      `oversampling` and `power_iterations` bound (see `svd.low_rank`), at most 1.005 times the optimal error with the
+      defaults. The same `seed` gives the same file.
+    - `residual` writes what no LoRA can carry (biases, norms) to `<name>.residual.safetensors` beside it, which
+      `merge_delta` adds again and `load_lora_weights` ignores; otherwise it is dropped. The report says its share.
+
+    Layers whose difference is zero are left out. Memory: the LoRA and a few tensors of the delta. Everything is
+    computed before anything is written. `progress(done, total)` is called after each tensor.
+
+    Raises `DeltaError` for arguments out of range, a delta that is empty, zero, or not finite, and moments that do
+    not fit; `WeightSourceError` for what cannot be read, `WeightWriteError` for an `out` that cannot be written (all
+    ValueErrors).
+    """
+    wanted = _checked_rank(rank, energy)
+    if dtype not in _DTYPES:
+        raise DeltaError(f"dtype={dtype} is nothing that LoRAs are stored in. Pass float16, bfloat16 or float32.")
+    if oversampling < 0 or power_iterations < 0:
+        raise DeltaError(f"oversampling={oversampling}, power_iterations={power_iterations}: both must be 0 or more.")
+    source = open_weights(delta)
+    weights = as_delta(source)
+    names = _checked_names(weights)
+    path, rest_path = _targets(out, residual, overwrite)
+    job = _Job(wanted, Effort(exact, oversampling, power_iterations), dtype, seed, moments or {})
+    if job.moments and not any(name in job.moments for name in names):
+        raise DeltaError(
+            f"None of the moments belongs to a tensor of {source.name}. Measure them with the same model."
+        )
+    layers, zero, rest = _compute(weights, names, job, progress)
+    if not layers:
+        raise DeltaError(f"{source.name} has no layer that a LoRA could carry and that differs from zero.")
+    specs = {name: (weights.shapes[names[name]], weights.dtypes[names[name]]) for name in rest} if residual else {}
+    _write(path, rest_path, weights, names, layers, specs, overwrite)
+    return _report(path, rest_path if specs else None, layers, zero, rest, specs, source.nbytes)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to do with each layer."""
+
+    wanted: tuple[int | None, float | None]
+    effort: Effort
+    dtype: torch.dtype
+    seed: int
+    moments: Mapping[str, torch.Tensor]
+
+
+def _checked_rank(rank: int | None, energy: float | None) -> tuple[int | None, float | None]:
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise DeltaError(f"rank={rank!r} is not a positive integer. Usual are 8 to 128.")
+    if energy is not None and not 0 < energy <= 1:
+        raise DeltaError(f"energy={energy!r} is a share of the squared norm: pass a number above 0, up to 1.")
+    return (DEFAULT_RANK if rank is None and energy is None else rank), energy
+
+
+def _checked_names(weights: WeightSource) -> dict[str, str]:
+    """`{canonical name: key}` of a delta, in the order of names."""
+    if keys.is_original_format(weights):
+        raise DeltaError(
+            f"{weights.name} is a complete checkpoint in the original format. Make a delta with "
+            "`compute_delta(base, tuned)` first."
+        )
+    names, collisions = keys.canonical_map(weights)
+    if not names:
+        raise DeltaError(f"{weights.name} is empty: there is nothing to extract.")
+    if collisions:
+        raise DeltaError(f"{weights.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
+    wrong = [f"{key} ({weights.dtypes[key]})" for key in names.values() if not weights.dtypes[key].is_floating_point]
+    if wrong:
+        raise DeltaError(f"{weights.name} holds tensors that are not floating point: {keys.grouped(wrong)}.")
+    return {name: names[name] for name in sorted(names)}
+
+
+def _targets(out: str | os.PathLike, residual: bool, overwrite: bool) -> tuple[Path, Path]:
+    """Both files; what would prevent writing them is told before the work begins. A folder is made if need be."""
+    path = Path(out).expanduser()
+    if path.suffix != ".safetensors":
+        if path.is_file():
+            raise DeltaError(f"{path} is a file. Pass a folder, or a name that ends in .safetensors.")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WeightWriteError(f"The folder {path} cannot be made ({error.strerror}). Pass another.") from error
+        path = path / LORA_NAME
+    rest_path = path.with_suffix(".residual.safetensors")
+    for target in (path, rest_path) if residual else (path,):
+        check_target(target, 0, overwrite=overwrite)
+    return path, rest_path
+
+
+def _is_carried(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it is the weight of a linear layer or a convolution; a bare class embedding is a table of vectors."""
+    return len(shape) in (2, 4) and name.endswith(".weight") and not name.endswith("class_embedding.weight")
+
+
+def _compute(
+    weights: WeightSource, names: Mapping[str, str], job: _Job, progress: Callable[[int, int], None] | None
+) -> tuple[dict[str, _Layer], tuple[str, ...], dict[str, float]]:
+    """Finished layers, names of layers that are zero, and squared norms of tensors that no LoRA can carry."""
+    layers, zero, rest, broken = {}, [], {}, []
+    for done, (name, key) in enumerate(names.items(), start=1):
+        whole = weights[key].detach().to("cpu", torch.float32)
+        size = squared_norm(whole) if whole.numel() else 0.0
+        if not size < float("inf"):
+            broken.append(name)
+        elif not _is_carried(name, weights.shapes[key]):
+            rest[name] = size
+        elif size == 0:
+            zero.append(name)
+        elif not broken:
+            layers[name] = _layer(name, whole, size, job)
+        if progress is not None:
+            progress(done, len(names))
+    if broken:
+        raise DeltaError(
+            f"{weights.name} has NaN or Inf in {len(broken)} tensors: {keys.grouped(broken)}. Nothing was written. It "
+            "is damaged, or overflowed when it was stored in fp16: make or download it again."
+        )
+    return layers, tuple(zero), rest
+
+
+def _layer(name: str, whole: torch.Tensor, size: float, job: _Job) -> _Layer:
+    """Factorise one weight (out, in, ...) and measure the factors as they will be stored."""
+    matrix = whole.flatten(1)
+    root = _root(name, job.moments.get(name), tuple(whole.shape))
+    weighted = matrix if root is None else _apply(matrix, root)
+    most = min(matrix.shape)
+    cap, energy = job.wanted
+    generator = torch.Generator().manual_seed(job.seed ^ zlib.crc32(name.encode()))
+    found = low_rank(weighted, Wanted(min(cap or most, most), energy), job.effort, generator)
+    left, right = balanced(found.left, found.right if root is None else _remove(found.right, root))
+    up, down = left.to(job.dtype), right.to(job.dtype)
+    lost, weighted_lost = _lost(matrix, up.float(), down.float(), root)
+    if not lost < float("inf"):
+        raise DeltaError(f"The factors of {name} overflow in {job.dtype}. Pass dtype=torch.float32.")
+    weighted_size = size if root is None else squared_norm(weighted)
+    weighted_error = None if root is None else _ratio(weighted_lost, weighted_size)
+    bound = None if found.bound is None else _ratio(found.bound, weighted_size)
+    rank, shape = len(down), tuple(whole.shape)
+    nbytes = up.nbytes + down.nbytes
+    report = LayerReport(name, shape, rank, size**0.5, _ratio(lost, size), weighted_error, bound, nbytes)
+    if whole.ndim == 4:
+        up, down = up.reshape(-1, rank, 1, 1), down.reshape(rank, *shape[1:])
+    return _Layer(down.contiguous(), up.contiguous(), report, size, lost)
+
+
+def _lost(
+    matrix: torch.Tensor, up: torch.Tensor, down: torch.Tensor, root: torch.Tensor | None
+) -> tuple[float, float]:
+    """Squared norms of matrix - up @ down, plain and weighted, some rows at a time."""
+    plain = weighted = 0.0
+    for rows, part in zip(matrix.split(_ROWS), up.split(_ROWS), strict=True):
+        error = torch.addmm(rows, part, down, alpha=-1)
+        plain += squared_norm(error)
+        weighted += 0.0 if root is None else squared_norm(_apply(error, root))
+    return plain, weighted
+
+
+def _ratio(lost: float, size: float) -> float:
+    """Of two squared norms, that of the norms."""
+    return (lost / size) ** 0.5 if size else 0.0
+
+
+def _root(name: str, moment: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """R with R R^T = the moment, (columns,) for a diagonal or lower triangular; None without weighting.
+
+    Raises `DeltaError` if the moment does not fit the weight or is none.
+    """
+    if moment is None:
+        return None
+    columns, places = torch.Size(shape[1:]).numel(), torch.Size(shape[2:]).numel()
+    given = moment.detach().to("cpu", torch.float64)
+    if given.shape == (shape[1],):
+        given = given.repeat_interleave(places)
+    if given.shape not in ((columns,), (columns, columns)):
+        raise DeltaError(
+            f"The moment of {name} has shape {tuple(moment.shape)}, its weight {shape}. Expected ({shape[1]},) or "
+            f"({columns}, {columns}), as `measure_moments` gives it for the same model."
+        )
+    diagonal = given if given.ndim == 1 else given.diagonal()
+    mean = diagonal.mean().item()
+    if not (given.isfinite().all() and (diagonal >= 0).all()):
+        raise DeltaError(f"The moment of {name} has NaN, Inf or negative squares. Measure it again.")
+    if mean == 0:
+        return None
+    given = given / mean
+    if given.ndim == 1:
+        return (given + _FLOOR).sqrt().float()
+    root, failed = torch.linalg.cholesky_ex(given + _FLOOR * torch.eye(columns, dtype=torch.float64))
+    if failed.item():
+        raise DeltaError(f"The moment of {name} is not positive semidefinite, so it is no mean of x x^T.")
+    return root.float()
+
+
+def _apply(matrix: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    return matrix * root if root.ndim == 1 else matrix @ root
+
+
+def _remove(matrix: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_apply`."""
+    if root.ndim == 1:
+        return matrix / root
+    return torch.linalg.solve_triangular(root, matrix, upper=False, left=False)
+
+
+def _write(
+    path: Path,
+    rest_path: Path,
+    weights: WeightSource,
+    names: Mapping[str, str],
+    layers: Mapping[str, _Layer],
+    rest: Mapping[str, Spec],
+    overwrite: bool,
+) -> None:
+    """The residual first: a LoRA that names one is never without it."""
+    modules = {name.removesuffix(".weight"): layer for name, layer in layers.items()}
+    tensors = {}
+    for module, layer in modules.items():
+        tensors[f"{_PREFIX}.{module}.lora_A.weight"] = layer.down
+        tensors[f"{_PREFIX}.{module}.lora_B.weight"] = layer.up
+    ranks = {module: (layer.report.rank, float(layer.report.rank)) for module, layer in modules.items()}
+    taken = {key: value for key, value in weights.metadata.items() if key not in _OWN_KEYS}
+    stored = next(iter(tensors.values())).dtype
+    header = {**taken, "format": "pt", "perflow_format": LORA_FORMAT, "dtype": dtype_name(stored)}
+    header[ADAPTER_METADATA] = json.dumps(adapter_metadata(ranks, _PREFIX), indent=2, sort_keys=True)
+    if rest:
+        check_target(path, sum(map(_nbytes, [*rest.values(), *specs_of(tensors).values()])), overwrite=overwrite)
+        dtypes = ",".join(sorted({dtype_name(dtype) for _, dtype in rest.values()}))
+        rest_header = {**taken, "format": "pt", "perflow_format": RESIDUAL_FORMAT, "dtype": dtypes}
+        stream = ((name, weights[names[name]]) for name in rest)
+        write_safetensors(rest_path, rest, stream, rest_header, overwrite=overwrite)
+        header[RESIDUAL] = rest_path.name
+    write_safetensors(path, specs_of(tensors), iter(tensors.items()), header, overwrite=overwrite)
+
+
+def _nbytes(spec: Spec) -> int:
+    return torch.Size(spec[0]).numel() * spec[1].itemsize
+
+
+def _report(
+    path: Path,
+    rest_path: Path | None,
+    layers: Mapping[str, _Layer],
+    zero: tuple[str, ...],
+    rest: Mapping[str, float],
+    specs: Mapping[str, Spec],
+    delta_nbytes: int,
+) -> LoraReport:
+    """Totals; `rest` are squared norms of what no LoRA can carry, `specs` what of it was written."""
+    lost, left_out = sum(layer.lost for layer in layers.values()), sum(rest.values())
+    total = left_out + sum(layer.energy for layer in layers.values())
+    return LoraReport(
+        path,
+        rest_path,
+        tuple(layer.report for layer in layers.values()),
+        zero,
+        tuple(rest),
+        not_carried_energy=left_out / total,
+        relative_error=_ratio(lost + left_out, total),
+        relative_error_with_residual=_ratio(lost if specs else lost + left_out, total),
+        nbytes=sum(layer.report.nbytes for layer in layers.values()),
+        residual_nbytes=sum(map(_nbytes, specs.values())),
+        delta_nbytes=delta_nbytes,
+    )

@@ -1,0 +1,106 @@
+"""Merge from file to file, tensor by tensor, where no pipeline is at hand: `merge_files(base, delta, out)`."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from perflow_diffusers.weights.delta import named_weights
+from perflow_diffusers.weights.plan import ConvIn, MergePlan, plan_weights
+from perflow_diffusers.weights.source import WeightSource
+from perflow_diffusers.weights.stack import write_weight
+from perflow_diffusers.weights.writer import Spec, check_target, write_safetensors, write_text
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class FileMergeReport:
+    """What a merge to a file did, or would do; `changed`, `untouched` count weights, `nbytes` is their size."""
+
+    base: str
+    delta: str
+    scale: float
+    changed: int
+    untouched: int
+    nbytes: int
+    out: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.base} + {self.scale:g} x {self.delta}: {self.changed} weights changed, {self.untouched} as they "
+            f"were, {self.nbytes / 1e6:.1f} MB: {self.out}"
+        )
+
+
+def merge_files(
+    base: Any,
+    delta: Any,
+    out: str | os.PathLike,
+    *,
+    scale: float = 1.0,
+    conv_in: ConvIn = "pad",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> FileMergeReport:
+    """Write base + scale * delta, each weight rounded once to the dtype that it has in `base`.
+
+    `base` is any complete UNet that `open_weights` takes, original-format files included, `delta` anything that
+    `merge_delta` takes. `out` is a `.safetensors` file, or a folder that `UNet2DConditionModel.from_pretrained` loads
+    (then `base` must have a config beside its weights). Memory: a few tensors. `dry_run` checks and writes nothing.
+
+    Raises `MergeError`, `WeightSourceError` or `WeightWriteError` (all ValueErrors), before anything is written.
+    """
+    model, names = named_weights(base)
+    weights = {name: model[key].detach() for name, key in names.items()}
+    plan = plan_weights(weights, delta, scale=scale, conv_in=conv_in)
+    target = Path(out)
+    config = None if target.suffix == ".safetensors" else _config(model, base)
+    file = target if config is None else target / WEIGHTS_NAME
+    specs: dict[str, Spec] = {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()}
+    nbytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
+    report = FileMergeReport(
+        model.name, plan.source.name, scale, len(plan.edits), len(plan.untouched), nbytes, str(target)
+    )
+    if dry_run:
+        return report
+    if config is not None:
+        target.mkdir(exist_ok=True)
+    check_target(file, nbytes, overwrite=overwrite)
+    write_safetensors(file, specs, _merged(weights, plan, scale, progress), {"format": "pt"}, overwrite=overwrite)
+    if config is not None:
+        write_text(target / "config.json", json.dumps(config, indent=2) + "\n", overwrite=True)
+    return report
+
+
+def _merged(
+    weights: dict[str, torch.Tensor], plan: MergePlan, scale: float, progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for done, (name, weight) in enumerate(weights.items(), start=1):
+        edit = plan.edit_of.get(name)
+        if edit is not None:
+            merged = torch.empty_like(weight)
+            write_weight(merged, weight, [(scale, plan.source[edit.key], edit.channels)])
+            weight = merged
+        yield name, weight
+        if progress is not None:
+            progress(done, len(weights))
+
+
+def _config(model: WeightSource, base: Any) -> dict[str, Any]:
+    """The config of the UNet whose weights these are: beside them, or in the repository that they came from."""
+    beside = [file.parent / "config.json" for file in model.files]
+    if beside and beside[0].is_file():
+        return json.loads(beside[0].read_text(encoding="utf-8"))
+    if isinstance(base, str) and model.files and not Path(base).exists():
+        return UNet2DConditionModel.load_config(base, subfolder=model.files[0].parent.name)
+    raise ValueError(
+        f"{model.name} has no config.json beside its weights, which a folder needs. Write a .safetensors file "
+        "instead, or pass the folder of the model as the base."
+    )

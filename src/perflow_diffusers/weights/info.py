@@ -1,0 +1,116 @@
+"""What a file, folder or repository of weights is, for people and for scripts: `describe_weights(source)`."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.errors import WeightSourceError
+from perflow_diffusers.weights.lora_layers import lora_layers
+from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
+
+#: header keys that say how a delta is to be used
+SETTINGS = (
+    "prediction_type",
+    "num_time_windows",
+    "window_boundaries",
+    "recommended_steps",
+    "guidance_scale",
+    "recommended_guidance_scale",
+    "base",
+    "tuned",
+    "base_hash",
+    "perflow_residual",
+)
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """What weights are, without reading their numbers.
+
+    `kind` is "delta", "lora" or "weights", `form` the layout within it (delta-1, delta-int8-1, diffusers LoRA, kohya
+    LoRA, original checkpoint), `family` the kind of model in words, `dtypes` counts tensors by dtype, `ranks` LoRA
+    layers by rank; `settings` is what the header says of the use.
+    """
+
+    name: str
+    kind: str
+    form: str
+    family: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+    ranks: Mapping[int, int]
+    settings: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        size = f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e8 else f"{self.nbytes / 1e6:.2f} MB"
+        rows = [
+            ("what", f"{self.kind} ({self.form}) for {self.family}" if self.form != self.kind else self.kind),
+            ("size", f"{self.tensors} tensors, {self.parameters / 1e6:.2f} M numbers, {size}"),
+            ("stored as", ", ".join(f"{name} ({count})" for name, count in self.dtypes.items())),
+        ]
+        if self.ranks:
+            rows.append(("ranks", ", ".join(f"{rank} ({count} layers)" for rank, count in self.ranks.items())))
+        rows += [(key, str(value)) for key, value in self.settings.items()]
+        width = max(len(key) for key, _ in rows)
+        return "\n".join([self.name, *(f"  {key:{width}}  {value}" for key, value in rows)])
+
+
+def describe_weights(source: Any, **where: Any) -> WeightsInfo:
+    """Say what `source` (anything that `open_weights` takes, with its options) is; reads headers only.
+
+    Raises `WeightSourceError` for what cannot be found or read.
+    """
+    weights = open_weights(source, **where)
+    names, _ = keys.canonical_map(weights)
+    shapes = {name: weights.shapes[key] for name, key in names.items()}
+    form, family = weights.kind, keys.family(shapes)
+    ranks: dict[int, int] = {}
+    if weights.kind == "lora":
+        form, ranks, family = _lora(weights)
+    elif keys.is_original_format(weights):
+        form, family = "original checkpoint", "diffusers' from_single_file"
+    elif weights.kind == "delta":
+        form = weights.metadata.get("perflow_format", "delta")
+    return WeightsInfo(
+        name=weights.name,
+        kind=weights.kind,
+        form=form,
+        family=family,
+        tensors=len(weights),
+        parameters=sum(torch.Size(shape).numel() for shape in weights.shapes.values()),
+        nbytes=weights.nbytes,
+        dtypes=dict(Counter(dtype_name(dtype) for dtype in weights.dtypes.values()).most_common()),
+        ranks=ranks,
+        settings={key: _value(weights.metadata[key]) for key in SETTINGS if key in weights.metadata},
+    )
+
+
+def _lora(weights: WeightSource) -> tuple[str, dict[int, int], str]:
+    """Layout, layers by rank, and the family that the text width of a factor tells."""
+    try:
+        layers = lora_layers(weights)
+    except WeightSourceError:
+        return "an unsupported kind of LoRA", {}, "an unknown model"
+    layout = "kohya" if any(layer.prefix for layer in layers) else "diffusers"
+    downs = {f"{layer.module}.weight": weights.shapes[layer.down] for layer in layers if layer.component == "unet"}
+    ranks = Counter(layer.rank for layer in layers)
+    return f"{layout} LoRA", dict(sorted(ranks.items())), keys.family(downs)
+
+
+def _value(text: str) -> Any:
+    """A header's value as it was before it became text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

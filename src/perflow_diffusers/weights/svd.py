@@ -1,0 +1,165 @@
+"""Best approximations of low rank: M (m, n) ~ left (m, r) @ right (r, n), with the error known exactly."""
+
+from dataclasses import dataclass
+
+import torch
+
+#: Below this share of the squared norm, the tail drowns in the rounding of fp32 squares: float64 takes over.
+_STEEP = 1e-3
+#: A basis is grown until what more of it could gain is this share of the squared error: 1.004 x the optimal error.
+_CONVERGED = 0.0075
+#: Singular values that are equal, more of them than a block has columns, leave nothing new to add to the basis.
+_EXHAUSTED = 1e-3
+_ENERGY_BLOCK = 32
+_GRAM_COLUMNS = 2048
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which rank: exactly `rank`, or the smallest that keeps the share `energy` of the squared norm, at most `rank`.
+
+    `rank` is in 1..min(m, n), `energy` in 0..1.
+    """
+
+    rank: int
+    energy: float | None = None
+
+    def choose(self, captured: torch.Tensor, total: float) -> int | None:
+        """The rank, given captured[i] = squared norm that i + 1 components keep; None if these are too few."""
+        if self.energy is not None:
+            enough = torch.nonzero(captured >= self.energy * total * (1 - 1e-12))
+            if len(enough) and int(enough[0]) < self.rank:
+                return int(enough[0]) + 1
+        return self.rank if len(captured) >= self.rank else None
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Exact, or by a random basis of at most (power_iterations + 1) * (rank + oversampling) columns."""
+
+    exact: bool = False
+    oversampling: int = 16
+    power_iterations: int = 2
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """left (m, r) @ right (r, n), fp32; `bound` is the optimal squared error (Eckart-Young) where it is known."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    bound: float | None = None
+
+
+def squared_norm(matrix: torch.Tensor) -> float:
+    """Squared Frobenius norm of fp32 numbers, to fp32 accuracy; NaN or Inf if one of them is."""
+    rows = torch.linalg.vector_norm(matrix.reshape(matrix.shape[0] if matrix.ndim > 1 else 1, -1), dim=1)
+    return rows.double().square().sum().item()
+
+
+def low_rank(matrix: torch.Tensor, wanted: Wanted, effort: Effort, generator: torch.Generator) -> LowRank:
+    """A low-rank approximation of a finite fp32 `matrix` (m, n) on the CPU.
+
+    By default a block Krylov method (Musco and Musco 2015, arXiv 1504.05477): as many products with the matrix as a
+    randomised SVD with the same `oversampling` and `power_iterations`, but all iterates are kept as the basis, which
+    is what reaches 1.005 of the optimal error on flat spectra. It stops early when more columns would gain nothing.
+    Small matrices, steep spectra, many equal singular values and `exact` go through the eigenvectors of the Gram
+    matrix in float64: optimal to rounding as long as the relative error is above 1e-7 (the square root of float64's
+    precision; fp32 factors resolve no less), and several times faster than an SVD.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    found = None if effort.exact else _krylov(wide, wanted, effort, generator)
+    found = found or _gram(wide, wanted)
+    if wide is matrix:
+        return found
+    return LowRank(found.right.T, found.left.T, found.bound)
+
+
+def balanced(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product with each singular value shared: column i of `left` and row i of `right` get the same norm.
+
+    Both factors then carry the square root of the singular values, which keeps their numbers in the middle of fp16's
+    range: singular values of deltas reach from 1e-5 to 1e2, and one factor that held them alone, divided over
+    thousands of entries, would fall among fp16's subnormal numbers (below 6e-5).
+    """
+    ratio = torch.linalg.vector_norm(right, dim=1) / torch.linalg.vector_norm(left, dim=0)
+    share = torch.where((ratio > 0) & ratio.isfinite(), ratio, torch.ones_like(ratio)).sqrt()
+    return left * share, right / share[:, None]
+
+
+def _gram(wide: torch.Tensor, wanted: Wanted) -> LowRank:
+    """Through the eigenvectors of wide @ wide.T (m, m) in float64, m <= n; a few columns are widened at a time."""
+    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64)
+    for part in wide.split(_GRAM_COLUMNS, dim=1):
+        columns = part.double()
+        gram.addmm_(columns, columns.T)
+    values, vectors = torch.linalg.eigh(gram)
+    energies = values.flip(0).clamp_(min=0)
+    rank = wanted.choose(energies.cumsum(0), energies.sum().item()) or len(energies)
+    left = vectors.flip(1)[:, :rank].float()
+    return LowRank(left, left.T @ wide, energies[rank:].sum().item())
+
+
+def _krylov(wide: torch.Tensor, wanted: Wanted, effort: Effort, generator: torch.Generator) -> LowRank | None:
+    """Rayleigh-Ritz in the span of Y, GY, GGY, ..., G = wide @ wide.T, Y random; None where `_gram` is better."""
+    rows, columns = wide.shape
+    if wanted.energy is None:
+        width = wanted.rank + effort.oversampling
+        block = -(-2 * width // 5)  # narrow blocks gain more per column, wide ones are faster per column
+        limit = -(-width * (effort.power_iterations + 1) // block) * block
+    else:
+        block = _ENERGY_BLOCK
+        limit = rows // 4 // block * block
+    if 2 * limit >= rows or limit == 0:
+        return None
+    total = squared_norm(wide)
+    basis, images = torch.empty(limit, rows), torch.empty(limit, columns)
+    ritz = torch.zeros(limit, limit, dtype=torch.float64)
+    history: list[torch.Tensor] = []
+    new = wide @ torch.randn(columns, block, generator=generator)
+    used = 0
+    while True:
+        start, used = used, used + block
+        basis[start:used] = torch.linalg.qr(new)[0].T
+        torch.mm(basis[start:used], wide, out=images[start:used])
+        cross = images[:used] @ images[start:used].T
+        ritz[:used, start:used], ritz[start:used, :used] = cross, cross.T
+        history.append(torch.linalg.eigvalsh(ritz[:used, :used]).flip(0).cumsum(0))
+        rank = wanted.choose(history[-1], total)
+        if rank is not None and total - history[-1][rank - 1] < _STEEP * total:
+            return None
+        if rank is not None and _is_settled(history, rank, wanted, total):
+            break
+        if used == limit:
+            if rank is None or wanted.energy is not None:
+                return None
+            break
+        new = wide @ images[start:used].T
+        before = torch.linalg.vector_norm(new)
+        for _ in range(2):  # once more, because rounding leaves some of what was taken away
+            new = new - basis[:used].T @ (basis[:used] @ new)
+        if torch.linalg.vector_norm(new) < _EXHAUSTED * before:
+            return None
+    turn = torch.linalg.eigh(ritz[:used, :used])[1].flip(1)[:, :rank].float()
+    return LowRank(basis[:used].T @ turn, turn.T @ images[:used])
+
+
+def _is_settled(history: list[torch.Tensor], rank: int, wanted: Wanted, total: float) -> bool:
+    """Whether a larger basis would change neither the chosen rank nor, by much, the error."""
+    left = total - history[-1][rank - 1].item()
+    if _to_come(history, rank) > _CONVERGED * left:
+        return False
+    if wanted.energy is None or rank == 1:
+        return True
+    # One component less falls short of the energy now: with a larger basis, too? Twice the estimate, to be sure.
+    return history[-1][rank - 2].item() + 2 * _to_come(history, rank - 1) < wanted.energy * total
+
+
+def _to_come(history: list[torch.Tensor], rank: int) -> float:
+    """What `rank` components will still gain, if gains go on as a geometric series, halved by a block at best."""
+    past = [captured[rank - 1].item() for captured in history[-3:] if len(captured) >= rank]
+    if len(past) < 3:
+        return float("inf")
+    gain, earlier = past[2] - past[1], past[1] - past[0]
+    slope = min(max(gain / earlier, 0.5), 0.9) if earlier > 0 else 0.5
+    return max(gain, 0.0) * slope / (1 - slope)

@@ -1,0 +1,157 @@
+"""`perflow` on weight files, as a user runs it."""
+
+import json
+import os
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from perflow_diffusers.weights import open_weights
+from perflow_diffusers.weights.lora import as_delta
+
+OPTIONS = ("--prediction-type", "ddim_eps", "--num-time-windows", "4", "--recommended-steps", "4")
+
+
+@pytest.fixture
+def delta(perflow, folders, tmp_path):
+    out = tmp_path / "delta.safetensors"
+    result = perflow("diff", *folders, out, *OPTIONS)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def test_diff_writes_the_difference_and_what_it_is_for(delta, folders, perflow):
+    base, tuned = map(weights, folders)
+    for name, value in load_file(delta).items():
+        assert torch.equal(value, tuned[name] - base[name])
+    said = json.loads(perflow("info", delta, "--json").output)
+    assert said["kind"] == "delta"
+    assert said["settings"]["prediction_type"] == "ddim_eps"
+    assert said["settings"]["num_time_windows"] == 4
+    assert said["settings"]["recommended_steps"] == [4]
+    assert said["parameters"] == sum(value.numel() for value in base.values())
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_merge_writes_a_model_that_diffusers_loads(delta, folders, perflow, tmp_path, scale):
+    out = tmp_path / "merged"
+    result = perflow("merge", folders[0], delta, out, "--scale", scale)
+    assert result.exit_code == 0, result.output
+    base, change, merged = weights(folders[0]), load_file(delta), UNet2DConditionModel.from_pretrained(out)
+    for name, value in merged.state_dict().items():
+        assert torch.equal(value, (base[name].double() + scale * change[name].double()).float())
+
+
+def test_merge_to_a_file_takes_a_lora_too(delta, folders, perflow, tmp_path):
+    lora, out = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
+    assert perflow("extract-lora", delta, lora, "--rank", 2, "--dtype", "float32").exit_code == 0
+    result = perflow("merge", folders[0], lora, out)
+    assert result.exit_code == 0, result.output
+    base, merged = weights(folders[0]), load_file(out)
+    change = as_delta(open_weights(lora))
+    assert {name for name in merged if not torch.equal(merged[name], base[name])} <= set(change)
+    for name in change:
+        assert torch.allclose(merged[name], base[name] + change[name], atol=1e-7)
+
+
+def test_extract_lora_reports_each_layer(delta, perflow, tmp_path):
+    report = tmp_path / "report.json"
+    result = perflow("extract-lora", delta, tmp_path / "lora", "--energy", 0.9, "--exact", "--report", report)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    layers = json.loads(report.read_text())["layers"]
+    change = load_file(delta)
+    for layer in layers:
+        values = torch.linalg.svdvals(change[layer["name"]].double().flatten(1)) ** 2
+        kept = values.cumsum(0) / values.sum()
+        assert layer["rank"] == int((kept < 0.9).sum()) + 1
+    said = json.loads(perflow("info", tmp_path / "lora", "--json").output)
+    assert said["form"] == "diffusers LoRA" and sum(said["ranks"].values()) == len(layers)
+
+
+def test_convert_there_and_back_is_bit_exact(delta, perflow, tmp_path):
+    lora, kohya, back = (tmp_path / f"{name}.safetensors" for name in ("lora", "kohya", "back"))
+    assert perflow("extract-lora", delta, lora, "--rank", 3).exit_code == 0
+    assert perflow("convert", lora, kohya, "--to", "kohya").exit_code == 0
+    assert json.loads(perflow("info", kohya, "--json").output)["form"] == "kohya LoRA"
+    assert perflow("convert", kohya, back, "--to", "diffusers").exit_code == 0
+    first, second = load_file(lora), load_file(back)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("form", "bound"), [("float16", 2**-11), ("bfloat16", 2**-8), ("int8", 0.01)])
+def test_convert_makes_smaller_deltas(delta, perflow, tmp_path, form, bound):
+    out = tmp_path / "small.safetensors"
+    assert perflow("convert", delta, out, "--to", form).exit_code == 0
+    assert out.stat().st_size < delta.stat().st_size
+    whole, small = load_file(delta), as_delta(open_weights(out))
+    lost = sum(float((small[name].double() - whole[name].double()).pow(2).sum()) for name in whole)
+    assert (lost / sum(float(value.double().pow(2).sum()) for value in whole.values())) ** 0.5 < bound
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("diff", "BASE", "TUNED", "OUT.safetensors"),
+        ("merge", "BASE", "DELTA", "OUT.safetensors"),
+        ("merge", "BASE", "DELTA", "OUT"),
+        ("extract-lora", "DELTA", "OUT", "--rank", "2"),
+        ("convert", "DELTA", "OUT.safetensors", "--to", "int8"),
+    ],
+)
+def test_a_dry_run_writes_nothing_and_nothing_is_overwritten_unasked(words, delta, folders, perflow, tmp_path):
+    place = tmp_path / "here"
+    place.mkdir()
+    names = {"BASE": folders[0], "TUNED": folders[1], "DELTA": delta}
+    words = [names.get(word, place / word if word.startswith("OUT") else word) for word in words]
+    result = perflow(*words, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "Dry run" in result.output and os.listdir(place) == []
+    assert perflow(*words).exit_code == 0
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    refused = perflow(*words)
+    assert refused.exit_code == 2 and "--force" in refused.output
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+    again = perflow(*words, "--force")
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("info", "no-such-file.safetensors"), "No file, folder or known weights"),
+        (("diff", "BASE", "TUNED", "no/folder/x.safetensors"), "does not exist"),
+        (("merge", "BASE", "BASE", "x.safetensors"), "complete weights, not a delta"),
+        (("extract-lora", "BASE", "x", "--energy", "0"), "energy=0.0"),
+        (("extract-lora", "BASE", "x", "--energy", "1.5"), "--energy"),
+        (("convert", "BASE", "x.safetensors", "--to", "kohya"), "LoRA"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence_and_exit_code_2(words, message, folders, perflow, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"BASE": folders[0], "TUNED": folders[1]}
+    result = perflow(*(names.get(word, word) for word in words))
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output and os.listdir(tmp_path) == []
+
+
+def test_a_delta_of_another_model_is_refused_before_anything_is_written(folders, perflow, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file({"conv_in.weight": torch.zeros(320, 4, 3, 3)}, other)
+    result = perflow("merge", folders[0], other, tmp_path / "out.safetensors")
+    assert result.exit_code == 2 and "does not fit" in " ".join(result.output.split())
+    assert sorted(os.listdir(tmp_path)) == ["other.safetensors"]
+
+
+@pytest.mark.parametrize("command", ["info", "diff", "merge", "extract-lora", "convert", "push", "pull"])
+def test_help_teaches_by_example(command, perflow):
+    text = " ".join(perflow(command, "--help").output.split())
+    assert f"perflow {command} " in text

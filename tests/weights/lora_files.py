@@ -1,0 +1,86 @@
+"""Random LoRAs for a small UNet, as files in the layouts of diffusers (new and old), PEFT and kohya."""
+
+import json
+
+import torch
+from safetensors.torch import save_file
+
+from perflow_diffusers.weights.lora import adapter_metadata
+
+RANKS = (2, 3, 4)
+
+
+def layers_of(unet):
+    """{module: weight} of every linear layer and convolution."""
+    return {
+        name.removesuffix(".weight"): weight
+        for name, weight in unet.state_dict().items()
+        if name.endswith(".weight") and weight.dim() in (2, 4)
+    }
+
+
+def random_factors(unet, dtype=torch.float32, seed=5, size=0.2):
+    """{module: (down, up, alpha)}: ranks 2 to 4, alphas beside the rank."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for number, (module, weight) in enumerate(layers_of(unet).items()):
+        rank, kernel = RANKS[number % 3], weight.shape[2:]
+        down = torch.randn(rank, *weight.shape[1:], generator=generator) * size
+        up = torch.randn(weight.shape[0], rank, *(1 for _ in kernel), generator=generator) * size
+        factors[module] = (down.to(dtype), up.to(dtype), (1.0, float(rank), 2.5, 8.0)[number % 4])
+    return factors
+
+
+def products(factors):
+    """{weight name: up @ down * alpha / rank} in float64."""
+    found = {}
+    for module, (down, up, alpha) in factors.items():
+        whole = up.double().flatten(1) @ down.double().flatten(1) * (alpha / down.shape[0])
+        found[f"{module}.weight"] = whole.reshape(up.shape[0], *down.shape[1:])
+    return found
+
+
+def write_diffusers(path, factors, **header):
+    tensors = {f"unet.{module}.lora_A.weight": down for module, (down, _, _) in factors.items()}
+    tensors |= {f"unet.{module}.lora_B.weight": up for module, (_, up, _) in factors.items()}
+    config = adapter_metadata({module: (down.shape[0], alpha) for module, (down, _, alpha) in factors.items()})
+    save_file(tensors, path, {"format": "pt", "lora_adapter_metadata": json.dumps(config), **header})
+    return path
+
+
+def write_old_diffusers(path, factors):
+    """Attention processors and `.lora.down`; this layout has no place for alpha."""
+    tensors = {}
+    for module, (down, up, _) in factors.items():
+        place, leaf = f"unet.{module}", module.rpartition(".")[2]
+        stem = f"{place}.lora"
+        if leaf in ("to_q", "to_k", "to_v"):
+            stem = f"{place.removesuffix(f'.{leaf}')}.processor.{leaf}_lora"
+        elif module.endswith(".to_out.0"):
+            stem = f"{place.removesuffix('.to_out.0')}.processor.to_out_lora"
+        tensors |= {f"{stem}.down.weight": down, f"{stem}.up.weight": up}
+    save_file(tensors, path)
+    return path
+
+
+def write_kohya(path, factors, alpha_dtype=torch.float32, names=lambda module: module.replace(".", "_"), **header):
+    tensors = {}
+    for module, (down, up, alpha) in factors.items():
+        stem = f"lora_unet_{names(module)}"
+        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=alpha_dtype)
+    save_file(tensors, path, {"ss_network_module": "networks.lora", **header})
+    return path
+
+
+def write_peft(folder, factors):
+    """As `PeftModel.save_pretrained` writes it: the weights, and alpha in `adapter_config.json` beside them."""
+    folder.mkdir(exist_ok=True)
+    stem = "base_model.model"
+    tensors = {f"{stem}.{module}.lora_A.weight": down for module, (down, _, _) in factors.items()}
+    tensors |= {f"{stem}.{module}.lora_B.weight": up for module, (_, up, _) in factors.items()}
+    config = adapter_metadata({module: (down.shape[0], alpha) for module, (down, _, alpha) in factors.items()})
+    config = {key.removeprefix("unet."): value for key, value in config.items()}
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
