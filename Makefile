@@ -1,13 +1,14 @@
 # make demo   few-step pictures from the embedded miniature pipeline, before and after
 # make test   the tests
 # make lint   ruff, types, import contracts
+# make artifact   the miniature's accelerator as people publish one: delta, LoRAs, card, pictures
 # make miniature   trains everything that is embedded, from the committed pictures (about 2.5 hours on 2 cores)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint miniature quality clean
+.PHONY: demo test lint artifact miniature quality clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +35,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=training $(BIN)/lint-imports
+
+artifact: $(VENV)/.dev
+	$(BIN)/python training/miniature/make_artifact.py runs/miniature/artifact
 
 miniature: $(VENV)/.dev
 	$(BIN)/python training/miniature/make_miniature.py

@@ -1,18 +1,47 @@
-"""Few-step sampling for Stable Diffusion pipelines: PeRFlow's scheduler, its deltas, and a miniature to try."""
+"""Few-step sampling for Stable Diffusion pipelines: PeRFlow's scheduler, its accelerators, and a miniature to try."""
 
 from perflow_diffusers._version import __version__
+from perflow_diffusers.hub import (
+    PeRFlowArtifact,
+    export_pipeline,
+    load_perflow,
+    push_perflow,
+    set_scheduler,
+    unload_perflow,
+)
 from perflow_diffusers.miniature import MINIATURE_GUIDANCE, load_miniature, miniature_prompts
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler  # eager: saved pipelines look it up here
-from perflow_diffusers.weights import compute_delta, merge_delta, set_delta_scale, unmerge_delta
+from perflow_diffusers.weights import (
+    compute_delta,
+    convert_lora,
+    extract_lora,
+    measure_moments,
+    merge_delta,
+    open_weights,
+    set_delta_scale,
+    shrink_delta,
+    unmerge_delta,
+)
 
 __all__ = [
     "MINIATURE_GUIDANCE",
+    "PeRFlowArtifact",
     "PeRFlowScheduler",
     "__version__",
     "compute_delta",
+    "convert_lora",
+    "export_pipeline",
+    "extract_lora",
     "load_miniature",
+    "load_perflow",
+    "measure_moments",
     "merge_delta",
     "miniature_prompts",
+    "open_weights",
+    "push_perflow",
     "set_delta_scale",
+    "set_scheduler",
+    "shrink_delta",
+    "unload_perflow",
     "unmerge_delta",
 ]

@@ -1,6 +1,5 @@
 """The demonstration: one picture that puts few steps beside many, on the embedded miniature pipeline."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from perflow_diffusers.hub import perflow_scheduler
 from perflow_diffusers.miniature import MINIATURE_GUIDANCE, load_miniature, miniature_prompts
-from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import merge_delta
 
 #: stock samplers, each with the timestep spacing and last sigma that suit it best on the miniature at few steps
@@ -52,14 +51,6 @@ def stock_scheduler(name: str, config: Any) -> Any:
 
     kind, options = STOCK[name]
     return getattr(diffusers, kind).from_config(config, **options)
-
-
-def perflow_scheduler(config: Any, metadata: Any) -> PeRFlowScheduler:
-    """PeRFlow's scheduler for a pipeline's scheduler config and what a delta's header says of its training."""
-    windows: dict[str, Any] = {"num_time_windows": int(metadata["num_time_windows"])}
-    if "window_boundaries" in metadata:
-        windows["window_boundaries"] = json.loads(metadata["window_boundaries"])
-    return PeRFlowScheduler.from_config(config, prediction_type=metadata["prediction_type"], **windows)
 
 
 def sample(

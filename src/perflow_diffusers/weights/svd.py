@@ -8,8 +8,9 @@ import torch
 _STEEP = 1e-3
 #: A basis is grown until what more of it could gain is this share of the squared error: 1.004 x the optimal error.
 _CONVERGED = 0.0075
-#: Singular values that are equal, more of them than a block has columns, leave nothing new to add to the basis.
-_EXHAUSTED = 1e-3
+_SUDDEN, _SLOWEST = 0.25, 0.9
+#: Relative differences below which eigenvalues count as equal, and a new block as nothing new.
+_EQUAL = _EXHAUSTED = 1e-3
 _ENERGY_BLOCK = 32
 _GRAM_COLUMNS = 2048
 
@@ -124,9 +125,12 @@ def _krylov(wide: torch.Tensor, wanted: Wanted, effort: Effort, generator: torch
         torch.mm(basis[start:used], wide, out=images[start:used])
         cross = images[:used] @ images[start:used].T
         ritz[:used, start:used], ritz[start:used, :used] = cross, cross.T
-        history.append(torch.linalg.eigvalsh(ritz[:used, :used]).flip(0).cumsum(0))
+        values = torch.linalg.eigvalsh(ritz[:used, :used]).flip(0)
+        history.append(values.cumsum(0))
         rank = wanted.choose(history[-1], total)
         if rank is not None and total - history[-1][rank - 1] < _STEEP * total:
+            return None
+        if rank is not None and _has_cluster(values[: rank + block], block):
             return None
         if rank is not None and _is_settled(history, rank, wanted, total):
             break
@@ -144,6 +148,11 @@ def _krylov(wide: torch.Tensor, wanted: Wanted, effort: Effort, generator: torch
     return LowRank(basis[:used].T @ turn, turn.T @ images[:used])
 
 
+def _has_cluster(values: torch.Tensor, block: int) -> bool:
+    """Whether as many values as a block has columns are equal: it cannot see that there are more of them."""
+    return bool((values[block - 1 :] > (1 - _EQUAL) * values[: len(values) - block + 1]).any())
+
+
 def _is_settled(history: list[torch.Tensor], rank: int, wanted: Wanted, total: float) -> bool:
     """Whether a larger basis would change neither the chosen rank nor, by much, the error."""
     left = total - history[-1][rank - 1].item()
@@ -156,10 +165,15 @@ def _is_settled(history: list[torch.Tensor], rank: int, wanted: Wanted, total: f
 
 
 def _to_come(history: list[torch.Tensor], rank: int) -> float:
-    """What `rank` components will still gain, if gains go on as a geometric series, halved by a block at best."""
+    """What `rank` components will still gain, if gains shrink as a geometric series does.
+
+    By a half a block at best, and a tenth at worst, which is also assumed after a sudden drop: a cluster of singular
+    values was found then, and what is to gain within the cluster has only begun to come.
+    """
     past = [captured[rank - 1].item() for captured in history[-3:] if len(captured) >= rank]
     if len(past) < 3:
         return float("inf")
     gain, earlier = past[2] - past[1], past[1] - past[0]
-    slope = min(max(gain / earlier, 0.5), 0.9) if earlier > 0 else 0.5
+    slope = gain / earlier if earlier > 0 else 0.0
+    slope = _SLOWEST if slope < _SUDDEN else min(max(slope, 0.5), _SLOWEST)
     return max(gain, 0.0) * slope / (1 - slope)

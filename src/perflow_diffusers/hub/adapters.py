@@ -1,0 +1,103 @@
+"""A LoRA as one more PEFT adapter of a UNet, beside others that stay as they are."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import is_peft_available
+
+from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.weights.plan import find_unet
+
+ADAPTER = "perflow"
+
+
+def attach(pipe: Any, path: Path, scale: float) -> None:
+    """Load the LoRA in `path` as the adapter "perflow", active beside those that are active now.
+
+    All or nothing. Raises `ArtifactError` if PEFT is missing, the name is taken, or the pipeline takes no LoRAs.
+    """
+    if not is_peft_available():
+        raise ArtifactError("Attaching a LoRA needs PEFT: pip install peft. Or pass weights='delta', which merges.")
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ArtifactError(f"{type(pipe).__name__} takes no LoRAs. Pass weights='delta', which merges.")
+    unet = find_unet(pipe)
+    if ADAPTER in getattr(unet, "peft_config", {}):
+        raise ArtifactError(
+            f"An adapter '{ADAPTER}' is on the UNet already. Delete it first: pipe.delete_adapters('{ADAPTER}')."
+        )
+    active = _active(unet)
+    try:
+        state, alphas, metadata = _state(pipe, path)
+        with warnings.catch_warnings():
+            # PEFT warns of any second adapter, which is what is wanted here.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`|Adapter perflow was active")
+            pipe.load_lora_into_unet(
+                state, network_alphas=alphas, unet=pipe.unet, adapter_name=ADAPTER, metadata=metadata, _pipeline=pipe
+            )
+        others = next(iter(active.values()), [])
+        for name, layer in _layers(unet):  # every layer is told all names, as PEFT does it
+            layer.set_adapter([*active.get(name, others), ADAPTER], inference_mode=True)
+            if ADAPTER in _names(layer):
+                layer.set_scale(ADAPTER, scale)
+    except BaseException:
+        detach(pipe)
+        for name, layer in list(_layers(unet)):
+            if name in active:
+                layer.set_adapter(active[name], inference_mode=True)
+            else:
+                _unwrap(unet, name, layer)
+        raise
+
+
+def _state(pipe: Any, path: Path) -> tuple[Any, Any, Any]:
+    """State dict, alphas and metadata of a LoRA file, as the pipeline's own loader reads them."""
+    found = pipe.lora_state_dict(
+        str(path.parent), weight_name=path.name, use_safetensors=True, local_files_only=True, return_lora_metadata=True
+    )
+    return found if len(found) == 3 else (found[0], None, found[1])
+
+
+def detach(pipe: Any) -> None:
+    """Delete the adapter "perflow", if it is there; others stay, active or not, and layers that it alone had wrapped
+    are unwrapped."""
+    unet = find_unet(pipe)
+    for name, layer in list(_layers(unet)):
+        if ADAPTER in layer.active_adapters:  # otherwise PEFT would activate another one in its place
+            layer.set_adapter([other for other in layer.active_adapters if other != ADAPTER], inference_mode=True)
+        if ADAPTER not in _names(layer):
+            continue
+        layer.delete_adapter(ADAPTER)
+        if not _names(layer):
+            _unwrap(unet, name, layer)
+    known = getattr(unet, "peft_config", {})
+    known.pop(ADAPTER, None)
+    if not known and hasattr(unet, "peft_config"):
+        unet.unload_lora()  # type: ignore[operator]
+
+
+def other_adapters(pipe: Any) -> list[str]:
+    """Names of the UNet's adapters besides ours."""
+    return [name for name in getattr(find_unet(pipe), "peft_config", {}) if name != ADAPTER]
+
+
+def _unwrap(unet: torch.nn.Module, name: str, layer: Any) -> None:
+    """Put the plain layer back where PEFT's wrapper is."""
+    parent, _, last = name.rpartition(".")
+    setattr(unet.get_submodule(parent), last, layer.get_base_layer())
+
+
+def _layers(unet: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return ((name, module) for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer))
+
+
+def _active(unet: torch.nn.Module) -> dict[str, list[str]]:
+    return {name: list(layer.active_adapters) for name, layer in _layers(unet)}
+
+
+def _names(layer: Any) -> set[str]:
+    return {name for part in layer.adapter_layer_names for name in getattr(layer, part)}

@@ -1,0 +1,40 @@
+"""The scheduler and the mathematics below it as one Python file that needs nothing of this package."""
+
+import ast
+from pathlib import Path
+
+from perflow_diffusers._version import __version__
+from perflow_diffusers.flow import chord, path, windows
+from perflow_diffusers.schedulers import scheduling_perflow
+
+#: In the order in which they build on each other.
+MODULES = (path, windows, chord, scheduling_perflow)
+
+_HEADER = '"""PeRFlowScheduler in one file, made from perflow-diffusers {version} (Apache-2.0)."""\n'
+
+
+def scheduler_source() -> str:
+    """Python source that defines `PeRFlowScheduler` with torch, numpy, diffusers and the standard library alone."""
+    imports: dict[str, None] = {}
+    bodies = []
+    for module in MODULES:
+        text = Path(str(module.__file__)).read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        lines = text.splitlines()
+        drop: set[int] = set()
+        for number, node in enumerate(tree.body):
+            docstring = number == 0 and isinstance(node, ast.Expr)
+            if docstring or isinstance(node, ast.Import | ast.ImportFrom):
+                drop.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+            if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and _foreign(node)):
+                imports.setdefault(ast.unparse(node))
+        kept = [line for number, line in enumerate(lines, start=1) if number not in drop]
+        bodies.append("\n".join(kept).strip("\n"))
+    future = [line for line in imports if "__future__" in line]
+    others = sorted(line for line in imports if "__future__" not in line)
+    return "\n".join([_HEADER.format(version=__version__), *future, "", *others, "\n"]) + "\n\n\n".join(bodies) + "\n"
+
+
+def _foreign(node: ast.ImportFrom) -> bool:
+    """Whether an import is of something that is not in this package."""
+    return node.level == 0 and not str(node.module).startswith("perflow_diffusers")

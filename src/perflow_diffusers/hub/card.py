@@ -1,0 +1,144 @@
+"""The card of an artefact or of an exported pipeline: metadata that the Hub filters by, and a snippet that runs."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+if TYPE_CHECKING:
+    from perflow_diffusers.hub.artifact import PeRFlowArtifact
+
+PAPER = "https://arxiv.org/abs/2405.07510"
+_PROMPT = "a photo of a cat in the snow"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def artifact_card(
+    artifact: "PeRFlowArtifact", source: str, forms: Sequence[str], samples: Sequence[tuple[str, str]] = ()
+) -> ModelCard:
+    """The card of an accelerator.
+
+    `source`: what the snippet loads (a Hub id or folder); `forms`: which weights there are ("delta", "lora",
+    "kohya"); `samples`: (prompt, path of its picture in the repository).
+    """
+    prompt = samples[0][0] if samples else _PROMPT
+    guidance = _guidance(artifact)
+    call = f"num_inference_steps={artifact.steps}, guidance_scale={guidance}"
+    lines = [
+        f"# {_title(source)}",
+        "",
+        f"An accelerator for {_base(artifact)}: pictures in {_steps(artifact)} steps, trained as piecewise rectified "
+        f"flow ([PeRFlow]({PAPER})).",
+        "",
+        *_pictures(samples),
+        "## Use",
+        "",
+        "```python",
+        *_pipeline(artifact.base_model),
+        f"pf.load_perflow(pipe, {_literal(source)})  # the weights, and the scheduler they need",
+        f"image = pipe({_literal(prompt)}, {call}).images[0]",
+        'image.save("few-steps.png")',
+        "```",
+        "",
+        "`pf.unload_perflow(pipe)` restores the weights bit for bit, and the former scheduler. Fine-tunes of the same "
+        "base take it, too. With another scheduler than the one that is loaded here, pictures are wrong.",
+        "",
+        *_forms(forms),
+        *_settings_table(artifact, guidance),
+    ]
+    return ModelCard(f"---\n{_data(artifact, forms, samples).to_yaml()}\n---\n\n" + "\n".join(lines))
+
+
+def _data(artifact: "PeRFlowArtifact", forms: Sequence[str], samples: Sequence[tuple[str, str]]) -> ModelCardData:
+    tags = ["diffusers", "text-to-image", "perflow", "few-step"] + (["lora"] if "lora" in forms else [])
+    extra: dict[str, Any] = {}
+    if artifact.base_model and _HUB_ID.fullmatch(artifact.base_model):
+        extra.update(base_model=artifact.base_model, base_model_relation="adapter")
+    if samples:
+        extra["widget"] = [{"text": prompt, "output": {"url": path}} for prompt, path in samples]
+    return ModelCardData(
+        library_name="diffusers", pipeline_tag="text-to-image", tags=tags, license=artifact.licence, **extra
+    )
+
+
+def _title(source: str) -> str:
+    return _inline(source.rstrip("/").rsplit("/", 1)[-1])
+
+
+def _inline(text: str) -> str:
+    """Text of others inside a line of Markdown."""
+    return re.sub(r"[\[\]<>`|\\]", " ", " ".join(text.split()))
+
+
+def _literal(text: str) -> str:
+    """Text of others as a Python string in a block of code, which no backquote in it can end."""
+    return json.dumps(text).replace("`", "\\x60")
+
+
+def _base(artifact: "PeRFlowArtifact") -> str:
+    base = artifact.base_model
+    if base and _HUB_ID.fullmatch(base):
+        return f"[{base}](https://huggingface.co/{base})"
+    return f"`{_inline(base)}`" if base else "checkpoints of the family below"
+
+
+def _pipeline(base: str | None) -> list[str]:
+    """The lines of the snippet that make the pipeline."""
+    ours = "import perflow_diffusers as pf"
+    if base == "miniature":
+        return [ours, "", "pipe = pf.load_miniature()"]
+    made = loading(_literal(base or "a checkpoint of this family"))
+    return ["import torch", "from diffusers import DiffusionPipeline", ours, "", *made]
+
+
+def loading(arguments: str) -> list[str]:
+    """Lines that load a pipeline where it runs best; one dtype for all parts, whatever theirs was when saved."""
+    return [
+        'device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)',
+        f"pipe = DiffusionPipeline.from_pretrained({arguments}, dtype=dtype).to(device)",
+    ]
+
+
+def _guidance(artifact: "PeRFlowArtifact") -> float:
+    """What is recommended; else 1 for windows solved with guidance, and 4.5 for those solved without."""
+    if artifact.guidance_scale is not None:
+        return artifact.guidance_scale
+    return 1.0 if (artifact.solve_guidance or 0) > 1 else 4.5
+
+
+def _steps(artifact: "PeRFlowArtifact") -> str:
+    return " or ".join(map(str, artifact.recommended_steps or (artifact.steps,)))
+
+
+def _pictures(samples: Sequence[tuple[str, str]]) -> list[str]:
+    return [line for prompt, path in samples for line in (f"![{_inline(prompt)}]({path})", "")]
+
+
+def _forms(forms: Sequence[str]) -> list[str]:
+    said = {
+        "delta": "`perflow.safetensors`: the difference of all UNet weights; `load_perflow` merges it.",
+        "lora": "`pytorch_lora_weights.safetensors`: the same as a LoRA in diffusers' layout: "
+        '`load_perflow(pipe, ..., weights="lora")` attaches it beside other LoRAs.',
+        "kohya": "`perflow_kohya.safetensors`: the LoRA in the layout of kohya, webui and ComfyUI. These need "
+        "a PeRFlow sampler of their own.",
+    }
+    return ["## Files", "", *(f"- {said[form]}" for form in forms if form in said), ""]
+
+
+def _settings_table(artifact: "PeRFlowArtifact", guidance: float) -> list[str]:
+    rows = {
+        "prediction type": artifact.prediction_type,
+        "time windows": str(artifact.num_time_windows)
+        + (f", boundaries {list(artifact.window_boundaries)}" if artifact.window_boundaries else ""),
+        "steps": _steps(artifact),
+        "guidance scale at sampling": str(guidance),
+        "guidance of the teacher in training": str(artifact.solve_guidance),
+        "base": str(artifact.base_model),
+        "base's content hash": str(artifact.base_hash),
+        "licence": str(artifact.licence),
+    }
+    table = [f"| {key} | {_inline(value)} |" for key, value in rows.items() if value != "None"]
+    recipe = ["", "## Training", "", "```json", json.dumps(dict(artifact.recipe), indent=1), "```"]
+    return ["## Settings", "", "| | |", "|---|---|", *table, *(recipe if artifact.recipe else []), ""]

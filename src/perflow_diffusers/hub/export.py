@@ -1,0 +1,220 @@
+"""A whole pipeline with the accelerator in its weights, for people without this package: `export_pipeline`."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from perflow_diffusers.hub.adapters import attach, detach, other_adapters
+from perflow_diffusers.hub.bundle import scheduler_source
+from perflow_diffusers.hub.card import PAPER, loading
+from perflow_diffusers.hub.documents import read_json, write_json
+from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.hub.find import CARD
+from perflow_diffusers.hub.load import Loaded, loaded
+from perflow_diffusers.hub.recognise import PIPELINE_SETTINGS
+from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
+from perflow_diffusers.weights import merge_delta, open_weights
+from perflow_diffusers.weights.lora import as_delta
+
+Form = Literal["plain", "code"]
+
+# Keys of our scheduler's configuration that no stock one knows.
+_OURS = ("perflow_type", "num_time_windows", "window_boundaries", "t_noise", "t_clean")
+
+#: The scheduler's module in a repository that ships its code.
+MODULE = "perflow_scheduler"
+
+
+def export_pipeline(
+    pipe: Any,
+    folder: str | os.PathLike,
+    form: Form = "plain",
+    *,
+    base_model: str | None = None,
+    licence: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Save a pipeline with PeRFlow in its weights so that it loads without this package; returns the folder.
+
+    `pipe`: after `load_perflow`, or `merge_delta` with a `PeRFlowScheduler`; it stays as it is. "plain": a stock
+    DDIM scheduler in `model_index.json`, which is near but not the same (the card says how), and our scheduler's
+    configuration beside it, which `set_scheduler(pipe)` reads. "code": our scheduler, with its code in one file of
+    the repository; loading it asks for `trust_remote_code=True`. `base_model`, `licence`: for the card.
+
+    The folder appears when it is complete. Raises `ArtifactError` if it holds anything (`overwrite=True` replaces an
+    earlier export, nothing else), if the pipeline has no `PeRFlowScheduler`, or other LoRAs that are not fused.
+    """
+    target = Path(folder).expanduser()
+    if form not in get_args(Form):
+        raise ArtifactError(f"form={form!r} is unknown. Pass 'plain' or 'code'.")
+    if not isinstance(pipe.scheduler, PeRFlowScheduler):
+        raise ArtifactError(
+            f"The pipeline's scheduler is {type(pipe.scheduler).__name__}. Load an accelerator with `load_perflow`, "
+            "or call `set_scheduler(pipe)`, before exporting."
+        )
+    if other_adapters(pipe):
+        raise ArtifactError(
+            f"The LoRAs {', '.join(other_adapters(pipe))} are attached, and a saved pipeline cannot carry them. Fuse "
+            "them (`pipe.fuse_lora(adapter_names=[...])`, `pipe.delete_adapters(...)`) or delete them first."
+        )
+    _check_target(target, overwrite)
+    temporary = target.with_name(f".perflow-{secrets.token_hex(4)}.tmp")
+    try:
+        with _merged(pipe):
+            pipe.save_pretrained(temporary)
+        _finish(pipe, temporary, form, target.name, base_model, licence)
+        _replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.parent.is_dir():
+        raise ArtifactError(f"There is no folder {target.parent} to write {target.name} to. Create it first.")
+    if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
+        return
+    if target.is_symlink() or not target.is_dir() or not overwrite or not (target / PIPELINE_SETTINGS).is_file():
+        raise ArtifactError(
+            f"{target} exists. Choose another folder, or pass overwrite=True, which replaces an earlier export (a "
+            f"folder with {PIPELINE_SETTINGS}) and nothing else."
+        )
+
+
+@contextmanager
+def _merged(pipe: Any) -> Iterator[None]:
+    """The UNet with an attached PeRFlow LoRA merged into its weights, and attached again afterwards."""
+    state: Loaded | None = loaded(pipe)
+    if state is None or state.form != "lora":
+        yield
+        return
+    path = state.artifact.lora_file
+    for merge in reversed(state.merges):
+        merge.set_scale(0)  # the whole LoRA, residual included, is merged below
+    detach(pipe)
+    try:
+        with merge_delta(pipe, as_delta(open_weights(path)), state.scale):
+            yield
+    finally:
+        attach(pipe, path, state.scale)
+        for merge in state.merges:
+            merge.set_scale(state.scale)
+
+
+def _finish(pipe: Any, folder: Path, form: str, name: str, base_model: str | None, licence: str | None) -> None:
+    """What the scheduler's folder and `model_index.json` say in this form, and the card."""
+    ours = folder / "scheduler"
+    config = read_json(ours / "scheduler_config.json")
+    write_json(folder, PIPELINE_SETTINGS, config, overwrite=True)
+    index = read_json(folder / "model_index.json")
+    if form == "code":
+        (ours / f"{MODULE}.py").write_text(scheduler_source(), encoding="utf-8")
+        index["scheduler"] = [MODULE, "PeRFlowScheduler"]
+    else:
+        stock = _stock(pipe.scheduler)
+        stock.save_pretrained(ours)
+        index["scheduler"] = ["diffusers", type(stock).__name__]
+    index.pop("_name_or_path", None)
+    write_json(folder, "model_index.json", index, overwrite=True)
+    for path in folder.glob("*/config.json"):
+        _forget_origin(path)
+    state = loaded(pipe)
+    artifact = state.artifact if state is not None else None
+    card = _card(pipe, form, name, base_model or (artifact and artifact.base_model), artifact, licence)
+    (folder / CARD).write_text(str(card), encoding="utf-8")
+
+
+def _stock(scheduler: PeRFlowScheduler) -> Any:
+    """The stock scheduler that comes nearest: DDIM from pure noise, with equal steps to the end."""
+    from diffusers import DDIMScheduler
+
+    config = {key: value for key, value in scheduler.config.items() if key not in _OURS}
+    return DDIMScheduler.from_config(
+        config,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=scheduler.config["set_alpha_to_one"],
+        prediction_type=scheduler.config["prediction_type"] or "epsilon",
+    )
+
+
+def _forget_origin(path: Path) -> None:
+    """Take the folder on this machine that a component was loaded from out of its configuration."""
+    content = read_json(path)
+    origin = content.get("_name_or_path")
+    if isinstance(origin, str) and (origin.count("/") != 1 or Path(origin).exists()):
+        del content["_name_or_path"]
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Put the finished folder in place of an empty or earlier one."""
+    old = temporary.with_suffix(".old")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+_PLAIN_NOTE = """Loaded like this, the pipeline samples with a stock DDIM scheduler, not with the one that its weights
+were trained for. {difference} With [perflow-diffusers](https://pypi.org/project/perflow-diffusers) the right one is
+set in one line:
+
+```python
+import perflow_diffusers as pf
+
+pf.set_scheduler(pipe)
+```
+"""
+_DIFFERENCE = {
+    "ddim_eps": "At {k} steps the rule is the same, but the network is told timesteps that are one lower; at other "
+    "numbers of steps the rule differs, too, and pictures get worse.",
+    "diff_eps": "The rule differs at every number of steps: pictures are worse.",
+    "velocity": "The network predicts something else than DDIM expects: without the line below there is no picture.",
+}
+
+
+def _card(pipe: Any, form: str, name: str, base: Any, artifact: Any, licence: str | None) -> ModelCard:
+    steps = artifact.steps if artifact is not None else pipe.scheduler.windows.num_windows
+    guidance = artifact.guidance_scale if artifact is not None and artifact.guidance_scale is not None else 1.0
+    extra = {"base_model": base, "base_model_relation": "finetune"} if base and base.count("/") == 1 else {}
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["diffusers", "text-to-image", "perflow", "few-step"],
+        license=licence or (artifact.licence if artifact is not None else None),
+        **extra,
+    )
+    lines = "\n".join(loading(json.dumps(name) + (", trust_remote_code=True" if form == "code" else "")))
+    if form == "code":
+        note = (
+            f"The scheduler's code is in this repository (`scheduler/{MODULE}.py`); `trust_remote_code=True` allows "
+            "diffusers to run it. Read it first: it needs nothing but torch, numpy and diffusers.\n"
+        )
+    else:
+        kind = _DIFFERENCE[pipe.scheduler.config.perflow_type].format(k=pipe.scheduler.windows.num_windows)
+        note = _PLAIN_NOTE.format(difference=kind)
+    text = f"""# {name}
+
+A pipeline for pictures in {steps} steps: a piecewise rectified flow ([PeRFlow]({PAPER})) is in its weights.
+
+## Use
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+{lines}
+image = pipe("a photo of a cat in the snow", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
+image.save("few-steps.png")
+```
+
+{note}"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -1,0 +1,252 @@
+"""Everything that an accelerator needs in one call, and back: `load_perflow`, `unload_perflow`, `set_scheduler`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+
+from perflow_diffusers.hub.adapters import attach, detach
+from perflow_diffusers.hub.artifact import PeRFlowArtifact
+from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.hub.network import live_weights, misfit, relation, shape_misfit
+from perflow_diffusers.hub.recognise import published_pipeline, recognised, settings_of
+from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
+from perflow_diffusers.weights import MergeHandle, WeightSource, merge_delta, open_weights
+from perflow_diffusers.weights.locate import SHORT_NAMES
+from perflow_diffusers.weights.lora import as_delta, open_residual
+from perflow_diffusers.weights.merge import Backup
+from perflow_diffusers.weights.plan import find_unet
+from perflow_diffusers.weights.published import published
+
+logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so that its verbosity applies
+
+_ATTRIBUTE = "_perflow_loaded"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was done to a pipeline, and what to put back."""
+
+    artifact: PeRFlowArtifact
+    scheduler: Any
+    form: str | None = None
+    scale: float = 1.0
+    merges: tuple[MergeHandle, ...] = field(default=())
+
+
+def load_perflow(
+    pipe: Any,
+    source: Any,
+    weights: str = "auto",
+    scale: float = 1.0,
+    strict: bool = True,
+    *,
+    backup: Backup = "cpu",
+    revision: str | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> PeRFlowArtifact:
+    """Make a pipeline a few-step one: its weights, its scheduler, and what to sample with, all from the artefact.
+
+    `source`: a folder, a `.safetensors` file, a Hub id, a short name, or an artefact. `weights`: "delta" is merged
+    into the UNet (see `merge_delta`, also for `backup`), "lora" attached as the adapter "perflow" beside other LoRAs,
+    "auto" the delta if there is one. `scale`: strength of the weights. The scheduler is made from the pipeline's own
+    and the artefact's settings. `revision`, `variant`, `subfolder`, `token`, `local_files_only`: as in diffusers.
+
+    Returns the artefact: sample with its `steps` and `guidance_scale`. The choice is logged at info level
+    (`diffusers.logging.set_verbosity_info()`).
+
+    All or nothing: if anything fails, the pipeline is as before. `ArtifactError`, `MergeError` or `WeightSourceError`
+    (all ValueErrors) for an artefact that cannot be trusted, or is of another family: network, noise schedule, base
+    prediction, or weights that share nothing with its base's. A fine-tune of the base is the normal use and only
+    logged. `strict=False` turns the last three into warnings of the log.
+    """
+    if _ATTRIBUTE in vars(pipe):
+        raise ArtifactError(
+            f"{vars(pipe)[_ATTRIBUTE].artifact.name} is loaded into this pipeline. Call `unload_perflow(pipe)` first."
+        )
+    if _is_itself(pipe, source):
+        set_scheduler(pipe)
+        return vars(pipe)[_ATTRIBUTE].artifact
+    where: dict[str, Any] = {"revision": revision, "variant": variant, "subfolder": subfolder}
+    where.update(token=token, local_files_only=local_files_only)
+    given = isinstance(source, PeRFlowArtifact)
+    artifact = source if given else PeRFlowArtifact.from_pretrained(source, weights, **where)
+    form = _form(artifact, weights)
+    if isinstance(source, str) and (source in SHORT_NAMES or published(source) is not None):
+        what = "a local path, which wins over the known name" if Path(source).exists() else artifact.name
+        logger.info(f"'{source}' is {what}.")
+    return _load(pipe, artifact, form, scale, strict, backup)
+
+
+def _load(
+    pipe: Any, artifact: PeRFlowArtifact, form: str, scale: float, strict: bool, backup: Backup
+) -> PeRFlowArtifact:
+    unet = find_unet(pipe)
+    _check_family(artifact, pipe, unet, strict)
+    scheduler = artifact.make_scheduler(pipe.scheduler.config)
+    merges: list[MergeHandle] = []
+    attached = False
+    try:
+        if form == "lora":
+            path = artifact.lora_file
+            lora = open_weights(path)
+            _check_shapes(artifact, lora, unet)
+            residual = _residual(lora, unet)
+            attach(pipe, path, scale)
+            attached = True
+            if residual is not None:
+                merges.append(merge_delta(pipe, residual, scale, backup=backup))
+        else:
+            merges.append(merge_delta(pipe, artifact.files[form], scale, backup=backup))
+        former = pipe.scheduler
+        pipe.scheduler = scheduler
+    except BaseException:
+        if attached:
+            detach(pipe)
+        for merge in reversed(merges):
+            merge.undo()
+        raise
+    vars(pipe)[_ATTRIBUTE] = Loaded(artifact, former, form, scale, tuple(merges))
+    logger.info(_summary(artifact, form, scale, scheduler))
+    return artifact
+
+
+def unload_perflow(pipe: Any, *, force: bool = False) -> None:
+    """Take out what `load_perflow` did: every bit of the weights, and the former scheduler, are as before.
+
+    Other LoRAs stay as they are. Raises `ArtifactError` if nothing is loaded, `MergeError` if something else changed
+    the weights since (then nothing is changed; `force=True` overwrites it).
+    """
+    state = vars(pipe).get(_ATTRIBUTE)
+    if state is None:
+        raise ArtifactError("Nothing is loaded into this pipeline by `load_perflow`. Was it loaded into another one?")
+    for merge in reversed(state.merges):
+        if merge.active or merge.backup == "none":  # the latter to say that it cannot be undone
+            merge.undo(force=force)
+    if state.form == "lora":
+        detach(pipe)
+    pipe.scheduler = state.scheduler
+    del vars(pipe)[_ATTRIBUTE]
+
+
+def set_scheduler(pipe: Any, source: Any = None, **where: Any) -> PeRFlowScheduler:
+    """Give a pipeline that has PeRFlow in its weights the right scheduler; returns it.
+
+    Published pipelines are recognised by their name (a Hub id, or a local folder of that name), exported ones by the
+    file that `export_pipeline` wrote. `source`: an artefact whose settings to take instead (folder, file, Hub id;
+    `where` as in `load_perflow`). `unload_perflow(pipe)` puts the former scheduler back. Raises `ArtifactError` for a
+    pipeline that is not recognised.
+    """
+    state = vars(pipe).get(_ATTRIBUTE)
+    if state is not None and state.form is not None:
+        raise ArtifactError(f"{state.artifact.name} is loaded, with its scheduler. Call `unload_perflow(pipe)` first.")
+    artifact = settings_of(pipe) if source is None else PeRFlowArtifact.from_pretrained(source, "none", **where)
+    former = pipe.scheduler if state is None else state.scheduler
+    scheduler = artifact.make_scheduler(former.config)
+    pipe.scheduler = scheduler
+    vars(pipe)[_ATTRIBUTE] = Loaded(artifact, former)
+    logger.info(_summary(artifact, None, 1.0, scheduler))
+    return scheduler
+
+
+def loaded(pipe: Any) -> Loaded | None:
+    """What `load_perflow` or `set_scheduler` did to a pipeline."""
+    return vars(pipe).get(_ATTRIBUTE)
+
+
+def _is_itself(pipe: Any, source: Any) -> bool:
+    """Whether the source is the published pipeline that the pipeline was loaded from."""
+    entry = published(str(source)) if isinstance(source, str) and not Path(source).exists() else None
+    return entry is not None and entry.form == "pipeline" and published_pipeline(pipe) == entry
+
+
+def _form(artifact: PeRFlowArtifact, wanted: str) -> str:
+    order = ("delta", "lora") if wanted == "auto" else (wanted,)
+    for form in order:
+        if form in artifact.files:
+            return form
+    raise ArtifactError(f"{artifact.name} has no {' or '.join(order)}. Pass weights='auto'.")
+
+
+def _check_family(artifact: PeRFlowArtifact, pipe: Any, unet: torch.nn.Module, strict: bool) -> None:
+    """Refuse another family; strict or not where the pipeline's own settings may be wrong."""
+    if getattr(pipe, "scheduler", None) is None:
+        raise ArtifactError(f"{type(pipe).__name__} has no scheduler to make PeRFlow's from. Load the whole pipeline.")
+    wrong = misfit(artifact.network, unet)
+    if wrong is not None:
+        raise ArtifactError(
+            f"{artifact.name} was trained for {artifact.base_model or 'another network'}; its UNet differs from this "
+            f"pipeline's: {wrong}. Take the accelerator of this family."
+        )
+    doubts = _scheduler_doubts(artifact, pipe.scheduler.config)
+    kind = relation(artifact.base_sample, unet)
+    base = artifact.base_model or "its base"
+    if kind == "unrelated":
+        doubts.append(f"the UNet has the layers of {base}, but its weights have nothing in common with it")
+    if _is_accelerated(pipe):
+        doubts.append("the pipeline's own scheduler says that PeRFlow is in its weights already")
+    if doubts and strict:
+        raise ArtifactError(
+            f"{artifact.name} does not fit this pipeline: {'; '.join(doubts)}. Take the accelerator of its family, or "
+            "pass strict=False if you know better."
+        )
+    for doubt in doubts:
+        logger.warning(f"{artifact.name} may not fit this pipeline: {doubt}.")
+    if kind == "fine-tune":
+        logger.info(f"The pipeline's UNet is a fine-tune of {base}, which is the normal use of {artifact.name}.")
+
+
+def _is_accelerated(pipe: Any) -> bool:
+    """Whether the pipeline came with PeRFlow in its weights, as far as its scheduler, name and folder say."""
+    if isinstance(pipe.scheduler, PeRFlowScheduler) or published_pipeline(pipe) is not None:
+        return True
+    folder = Path(str(getattr(pipe, "name_or_path", None) or ""))
+    return folder.is_dir() and recognised(pipe) is not None
+
+
+def _scheduler_doubts(artifact: PeRFlowArtifact, config: Mapping[str, Any]) -> list[str]:
+    """How the noise schedule and the base's prediction differ from those of the accelerator's base."""
+    doubts = [
+        f"{key} is {config[key]} instead of {value}"
+        for key, value in artifact.noise.items()
+        if config.get(key) is not None and config[key] != value
+    ]
+    given = config.get("prediction_type")
+    if artifact.base_prediction_type not in (None, given) and given is not None:
+        doubts.append(f"its base predicts {artifact.base_prediction_type}, this pipeline's {given}")
+    return doubts
+
+
+def _check_shapes(artifact: PeRFlowArtifact, lora: WeightSource, unet: torch.nn.Module) -> None:
+    shapes = {name: tuple(weight.shape) for name, weight in live_weights(unet).items()}
+    wrong = shape_misfit(as_delta(lora, shapes), unet)
+    if wrong is not None:
+        raise ArtifactError(
+            f"{artifact.name} does not fit the UNet: {wrong}. Nothing was changed. Take the LoRA of this family; a "
+            "UNet with other inputs (inpainting) takes the delta."
+        )
+
+
+def _residual(lora: WeightSource, unet: torch.nn.Module) -> WeightSource | None:
+    """What the LoRA cannot carry, as a delta that leaves all other weights alone."""
+    source = open_residual(lora)
+    if not source:
+        return None
+    others = " ".join(weight for weight in live_weights(unet) if weight not in source)
+    return replace(source, metadata={**source.metadata, "identical": others})
+
+
+def _summary(artifact: PeRFlowArtifact, form: str | None, scale: float, scheduler: PeRFlowScheduler) -> str:
+    what = "weights as they are" if form is None else f"{form} x {scale:g}"
+    guidance = "" if artifact.guidance_scale is None else f", guidance_scale={artifact.guidance_scale:g}"
+    steps = " or ".join(map(str, artifact.recommended_steps or (artifact.steps,)))
+    return (
+        f"PeRFlow from {artifact.name}: {what}; PeRFlowScheduler({scheduler.config['perflow_type']}, boundaries "
+        f"{list(scheduler.windows.boundaries)}); sample with num_inference_steps={steps}{guidance}."
+    )

@@ -1,0 +1,109 @@
+"""Which network an accelerator belongs to: a UNet's signature, and a sample of its base's weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from perflow_diffusers.weights import WeightSource, open_weights
+from perflow_diffusers.weights.keys import canonical_map, family, grouped
+from perflow_diffusers.weights.plan import find_unet
+
+#: Keys of a UNet's configuration that tell families apart; inputs may differ (inpainting), these may not.
+SIGNATURE = (
+    "cross_attention_dim",
+    "block_out_channels",
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "addition_embed_type",
+)
+_TENSORS, _VALUES = 12, 24
+# Distances of the sampled weights: up to the first, rounding explains them; beyond the second, nothing is shared.
+_ROUNDING, _UNRELATED = 0.003, 0.9
+
+
+def signature(unet: Any) -> dict[str, Any]:
+    """The part of a UNet's configuration that its accelerators must share, as JSON knows it."""
+    config = getattr(unet, "config", {})
+    found = {key: config[key] for key in SIGNATURE if config.get(key) is not None}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+
+
+def sample_base(base: Any) -> dict[str, list[float]]:
+    """A few numbers of a few weights of a base, by canonical name; `base` is anything that `open_weights` takes."""
+    weights = open_weights(base)
+    names, _ = canonical_map(weights)
+    # Not the first layer: checkpoints with more inputs (inpainting) have another one.
+    large = sorted(name for name, key in names.items() if len(weights.shapes[key]) > 1 and name != "conv_in.weight")
+    chosen = [large[round(i)] for i in torch.linspace(0, len(large) - 1, min(_TENSORS, len(large))).tolist()]
+    return {name: [float(f"{x:.6g}") for x in _values(weights[names[name]])] for name in chosen}
+
+
+def relation(sample: Mapping[str, Any], pipe_or_unet: Any) -> str:
+    """How a UNet relates to the base of which `sample` was taken: "base", "fine-tune", "unrelated" or "unknown".
+
+    "base" allows for a cast to fp16 or bf16. Reads a few hundred numbers. "unknown" without a sample, and for weights
+    that are elsewhere (offloaded, quantised).
+    """
+    weights = live_weights(find_unet(pipe_or_unet))
+    squares, total = 0.0, 0.0
+    for name, numbers in sample.items():
+        weight = weights.get(name)
+        if weight is None or weight.is_meta or not weight.is_floating_point() or weight.numel() < len(numbers):
+            return "unknown"
+        known = torch.tensor(numbers, dtype=torch.float64)
+        scale = float(known.square().mean().sqrt()) or 1.0
+        squares += float(((torch.tensor(_values(weight)) - known) / scale).square().sum())
+        total += float((known / scale).square().sum())
+    if not total:
+        return "unknown"
+    distance = (squares / total) ** 0.5
+    return "base" if distance < _ROUNDING else "fine-tune" if distance < _UNRELATED else "unrelated"
+
+
+def _values(weight: torch.Tensor) -> list[float]:
+    """Numbers spread over a weight."""
+    index = torch.linspace(0, weight.numel() - 1, min(_VALUES, weight.numel()), dtype=torch.float64).long()
+    return torch.take(weight.detach(), index.to(weight.device)).double().cpu().tolist()
+
+
+def live_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a UNet under canonical names, whatever state they are in."""
+    state = unet.state_dict(keep_vars=True)
+    names, _ = canonical_map(state)
+    return {name: state[key] for name, key in names.items()}
+
+
+def misfit(given: Mapping[str, Any], unet: torch.nn.Module) -> str | None:
+    """In words, how a UNet differs from the signature `given`; None if it does not."""
+    have = signature(unet)
+    wrong = [
+        f"{key} {given[key]} for {have[key]}" for key in given if key in have and not _same(given[key], have[key])
+    ]
+    return ", ".join(wrong) or None
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two settings agree; one number stands for the same number in every block."""
+    pair = [list(value) if isinstance(value, list | tuple) else value for value in (first, second)]
+    if isinstance(pair[0], list) == isinstance(pair[1], list):
+        return pair[0] == pair[1]
+    each, one = pair if isinstance(pair[0], list) else pair[::-1]
+    return all(value == one for value in each)
+
+
+def shape_misfit(delta: WeightSource, unet: torch.nn.Module) -> str | None:
+    """In words, which tensors of a delta (of canonical names) a UNet has not or in another shape; None if it fits."""
+    have = {name: tuple(weight.shape) for name, weight in live_weights(unet).items()}
+    unknown = [name for name in delta.shapes if name not in have]
+    wrong = [
+        f"{name} ({delta.shapes[name]} for {have[name]})"
+        for name in delta.shapes
+        if have.get(name, delta.shapes[name]) != delta.shapes[name]
+    ]
+    if not unknown and not wrong:
+        return None
+    parts = [f"{family(delta.shapes)} for {family(have)}"] if family(delta.shapes) != family(have) else []
+    parts += [f"unknown ({len(unknown)}): {grouped(unknown)}"] if unknown else []
+    parts += [f"misshapen ({len(wrong)}): {grouped(wrong)}"] if wrong else []
+    return "; ".join(parts)

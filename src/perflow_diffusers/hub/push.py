@@ -1,0 +1,135 @@
+"""Publish a folder on the Hub, in one commit: `push_perflow(folder, repo_id)`."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub as hub
+
+from perflow_diffusers.hub.documents import read_json
+from perflow_diffusers.hub.errors import PushError
+from perflow_diffusers.hub.find import CARD, SETTINGS, from_folder
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+# What a saved pipeline consists of; nothing else that lies in its folder is uploaded.
+_PIPELINE_FILES = (".json", ".txt", ".model", ".safetensors", ".md", *_PICTURES)
+# The place in a card's snippet where the folder's name stands, of an artefact and of a pipeline.
+_OF_ARTIFACT = re.compile(r'(load_perflow\(pipe, )"[^"\n]*"')
+_OF_PIPELINE = re.compile(r'(from_pretrained\()"[^"\n]*"')
+
+
+def push_perflow(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    licence: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+    exist_ok: bool = True,
+) -> str:
+    """Create the repository if it does not exist and upload an artefact's folder, or an exported pipeline's.
+
+    One commit, on `revision` (a branch; created if missing) or as a pull request. Only files that belong to it are
+    uploaded. The card's snippet is made to load `repo_id`, and the licence is filled in: `licence`,
+    what the artefact says, or the base model's own. Returns the address of the commit or pull request.
+
+    Raises `PushError` (a ValueError) for a folder that is not publishable, a missing licence, or if the Hub refuses.
+    The token goes to huggingface_hub only.
+    """
+    path = Path(folder).expanduser()
+    files = files_to_push(path)
+    api = hub.HfApi(token=token, library_name="perflow-diffusers")
+    card = _card(path, repo_id, licence, api)
+    message = commit_message or f"Upload {path.resolve().name} with perflow-diffusers"
+    operations = [
+        hub.CommitOperationAdd(name, str(card).encode() if name == CARD else str(path / name)) for name in files
+    ]
+    try:
+        name = api.create_repo(repo_id, private=private, exist_ok=exist_ok).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        done = api.create_commit(name, operations, commit_message=message, revision=revision, create_pr=create_pr)
+    except Exception as error:
+        raise _refused(error, repo_id, token) from None
+    return str(done.pr_url or done.commit_url)
+
+
+def files_to_push(folder: str | os.PathLike) -> list[str]:
+    """Names of the files of an artefact or exported pipeline that `push_perflow` uploads.
+
+    Raises `PushError` (a ValueError) for a folder that is not publishable.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise PushError(f"There is no folder {folder}. Save an artefact first: `artifact.save(folder)`.")
+    if (folder / "model_index.json").is_file():
+        names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.suffix in _PIPELINE_FILES]
+        names += [name for name in ("scheduler/perflow_scheduler.py",) if (folder / name).is_file()]
+        names = [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
+    else:
+        try:
+            found = from_folder(folder, "all")
+        except ValueError as error:
+            raise PushError(f"{folder} is no artefact: {error}") from error
+        if not (folder / SETTINGS).is_file():
+            raise PushError(f"{folder} has no {SETTINGS}. Write it with `PeRFlowArtifact.save(folder)`.")
+        named = read_json(folder / SETTINGS).get("weights", {})
+        names = [SETTINGS, "scheduler/scheduler_config.json", CARD, *sorted(set(named.values()))]
+        names += [f"images/{p.name}" for p in sorted(folder.glob("images/*")) if p.suffix in _PICTURES]
+        if "prediction_type" not in found.fields:
+            raise PushError(f"{folder} does not say how its weights were trained. Save the artefact again.")
+    missing = [name for name in (CARD, *names) if not (folder / name).is_file()]
+    if missing:
+        raise PushError(f"{folder} lacks {', '.join(missing)}. Save it again.")
+    outside = [name for name in names if folder.resolve() not in (folder / name).resolve().parents]
+    if outside:
+        raise PushError(f"{', '.join(outside[:3])} in {folder} are links to somewhere else. Copy the files instead.")
+    return names
+
+
+def _card(folder: Path, repo_id: str, licence: str | None, api: hub.HfApi) -> hub.ModelCard:
+    """The folder's card under its new name, with a licence."""
+    text = (folder / CARD).read_text(encoding="utf-8")
+    place = _OF_PIPELINE if (folder / "model_index.json").is_file() else _OF_ARTIFACT
+    text = place.sub(lambda match: f'{match[1]}"{repo_id}"', text)
+    card = hub.ModelCard(text, ignore_metadata_errors=True)
+    said = card.data.to_dict()
+    given = licence or said.get("license") or _base_licence(said.get("base_model"), api)
+    if not given:
+        raise PushError(
+            f"{folder / CARD} names no licence, and its base's is not known. Pass licence='...' (the base's own, e.g. "
+            "'creativeml-openrail-m'; weights made from 'cc-by-nc-4.0' ones stay so)."
+        )
+    card.data["license"] = given
+    return card
+
+
+def _base_licence(base: Any, api: hub.HfApi) -> str | None:
+    """The licence of the base model's card, if the Hub tells."""
+    if not isinstance(base, str) or "/" not in base:
+        return None
+    try:
+        data = api.model_info(base).card_data
+    except Exception:  # offline, gated, gone: then the user has to say it
+        return None
+    found = data.get("license") if data is not None else None
+    return found if isinstance(found, str) else None
+
+
+def _refused(error: Exception, repo_id: str, token: str | bool | None) -> PushError:
+    """The client's error in our words; a token that is in it by any accident is taken out."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        why = "you are not logged in, or may not write there: `hf auth login` with a token that may write"
+    elif status == 409:
+        why = "the repository exists: pass exist_ok=True to add a commit to it, or choose another name"
+    else:
+        why = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+    for secret in (token, hub.get_token()):
+        if isinstance(secret, str) and secret:
+            why = why.replace(secret, "***")
+    return PushError(f"'{repo_id}' was not published ({f'status {status}; ' if status else ''}{why}).")

@@ -1,0 +1,83 @@
+"""Pipelines that have PeRFlow in their weights already: recognise them, and give them their scheduler."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from perflow_diffusers.flow import PREDICTION_TYPES
+from perflow_diffusers.hub.artifact import PeRFlowArtifact
+from perflow_diffusers.hub.documents import read_json
+from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.hub.fetch import Unreachable, download, list_repository
+from perflow_diffusers.hub.find import Found
+from perflow_diffusers.hub.settings import from_scheduler
+from perflow_diffusers.weights.published import Published, published
+
+#: Beside `model_index.json` of an exported pipeline: our scheduler's configuration.
+PIPELINE_SETTINGS = "perflow_scheduler_config.json"
+_SNAPSHOT = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]")
+
+
+def recognised(pipe: Any) -> PeRFlowArtifact | None:
+    """The settings of a pipeline whose weights are PeRFlow's own: exported, published, or said by its configuration.
+
+    Asks the Hub only for an exported pipeline that came from there. None for any other pipeline.
+    """
+    said = _exported(str(getattr(pipe, "name_or_path", None) or ""))
+    if said is not None:
+        return said
+    entry = published_pipeline(pipe)
+    if entry is not None:
+        return PeRFlowArtifact.from_header(entry.metadata)
+    config = dict(getattr(getattr(pipe, "scheduler", None), "config", {}))
+    if config.get("perflow_type") in PREDICTION_TYPES or config.get("prediction_type") in PREDICTION_TYPES:
+        return _of(config, "the pipeline's scheduler configuration")
+    return None
+
+
+def published_pipeline(pipe: Any) -> Published | None:
+    """The published pipeline that this one was loaded from: by Hub id, cache, or a local folder of that name."""
+    name = str(getattr(pipe, "name_or_path", None) or "")
+    cached = _SNAPSHOT.search(f"{name}/")
+    entry = published(f"{cached[1]}/{cached[2]}") if cached else published(name) or published(Path(name).name)
+    return entry if entry is not None and entry.form == "pipeline" else None
+
+
+def _of(config: dict[str, Any], where: str) -> PeRFlowArtifact:
+    return PeRFlowArtifact.of(Found(where, from_scheduler(config, where)))
+
+
+def _exported(name: str) -> PeRFlowArtifact | None:
+    """What the file beside `model_index.json` says, in a folder or in a repository."""
+    folder = Path(name)
+    if name and folder.is_dir():
+        path = folder / PIPELINE_SETTINGS
+        return _of(read_json(path), str(path)) if path.is_file() else None
+    if name.count("/") != 1 or published(name) is not None:
+        return None
+    try:
+        repository = list_repository(name)
+        if PIPELINE_SETTINGS not in repository.sizes:
+            return None
+        path = download(repository, PIPELINE_SETTINGS)
+    except Unreachable:
+        import huggingface_hub as hub
+
+        cached = hub.try_to_load_from_cache(name, PIPELINE_SETTINGS)
+        if not isinstance(cached, str):
+            return None
+        path = Path(cached)
+    return _of(read_json(path), f"{PIPELINE_SETTINGS} of {name}")
+
+
+def settings_of(pipe: Any) -> PeRFlowArtifact:
+    """The same, or an `ArtifactError` that says what to do."""
+    found = recognised(pipe)
+    if found is None:
+        name = getattr(pipe, "name_or_path", None)
+        raise ArtifactError(
+            f"{type(pipe).__name__} ({name or 'without a name'}) is no pipeline that is known to have PeRFlow in its "
+            "weights. Pass the artefact whose settings it needs, `set_scheduler(pipe, source)`, or load an "
+            "accelerator with `load_perflow(pipe, source)`."
+        )
+    return found

@@ -1,0 +1,97 @@
+"""Write an artefact's folder: weights with complete headers, settings, scheduler, card, pictures."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perflow_diffusers.hub.card import artifact_card
+from perflow_diffusers.hub.documents import check_free, copy_file, inside, place, write_json, write_text
+from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.hub.find import CARD, SCHEDULER, SETTINGS, WEIGHTS
+from perflow_diffusers.hub.network import sample_base, signature
+from perflow_diffusers.hub.settings import BASE_TYPES, FORMAT_VERSION, NOISE_FACTS, checked
+from perflow_diffusers.weights import WeightSource, content_hash, open_weights
+from perflow_diffusers.weights.lora import open_residual
+from perflow_diffusers.weights.plan import find_unet
+from perflow_diffusers.weights.writer import write_safetensors
+
+if TYPE_CHECKING:
+    from perflow_diffusers.hub.artifact import PeRFlowArtifact
+
+#: File names by form; the residual is what a LoRA cannot carry.
+NAMES = {**WEIGHTS, "kohya": "perflow_kohya.safetensors"}
+RESIDUAL = "pytorch_lora_weights.residual.safetensors"
+
+
+def save_artifact(
+    artifact: "PeRFlowArtifact", folder: Path, *, base: Any, samples: Sequence[tuple[str, Any]], overwrite: bool
+) -> None:
+    """`PeRFlowArtifact.save`: everything is checked before the first file is written."""
+    sources = {form: open_weights(given) for form, given in artifact.files.items() if form in NAMES}
+    if not sources:
+        raise ArtifactError("This artefact has no weights to save. Add them with `with_files(delta=...)`.")
+    artifact = _completed(artifact, base)
+    settings = artifact.settings
+    checked(settings, "the artefact to save")
+    residuals = {form: _residual(source) for form, source in sources.items()}
+    pictures = [f"images/sample-{number}.png" for number in range(len(samples))]
+    weights = {form: NAMES[form] for form in sources}
+    if any(residuals.values()):
+        weights["residual"] = RESIDUAL
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*weights.values(), SETTINGS, SCHEDULER, CARD, *pictures):
+        check_free(inside(folder, name), overwrite)
+    for form, source in sources.items():
+        header = {**source.metadata, **artifact.metadata}
+        if residuals[form] is not None:
+            header["perflow_residual"] = RESIDUAL
+        _write(source, folder / NAMES[form], header, overwrite)
+    for residual in [path for path in residuals.values() if path is not None][:1]:  # the same in every layout
+        copy_file(residual, folder, RESIDUAL, overwrite=overwrite)
+    for (_, picture), name in zip(samples, pictures, strict=True):
+        place(folder, name, overwrite, lambda path, picture=picture: picture.save(path, "PNG"))  # type: ignore[misc]
+    write_text(folder, SCHEDULER, _scheduler(artifact, base), overwrite=overwrite)
+    captions = [(prompt, name) for (prompt, _), name in zip(samples, pictures, strict=True)]
+    card = artifact_card(artifact, folder.name, list(weights), captions)
+    write_text(folder, CARD, str(card), overwrite=overwrite)
+    content = {"format_version": FORMAT_VERSION, "weights": weights, **settings}
+    write_json(folder, SETTINGS, content, overwrite=overwrite)
+
+
+def _write(source: WeightSource, path: Path, header: dict[str, str], overwrite: bool) -> None:
+    specs = {name: (source.shapes[name], source.dtypes[name]) for name in source}
+    tensors = ((name, source[name]) for name in specs)
+    write_safetensors(path, specs, tensors, dict(sorted(header.items())), overwrite=overwrite)
+
+
+def _residual(source: WeightSource) -> Path | None:
+    """The file that a LoRA says it needs beside it."""
+    files = open_residual(source).files
+    return files[0] if files else None
+
+
+def _completed(artifact: "PeRFlowArtifact", base: Any) -> "PeRFlowArtifact":
+    """With what a pipeline (or its folder) says about itself, where the artefact does not say it yet."""
+    if base is None:
+        return artifact
+    more: dict[str, Any] = {"base_sample": sample_base(base)}
+    if not isinstance(base, str | os.PathLike):
+        unet = find_unet(base)
+        more["network"] = signature(unet)
+        config = getattr(getattr(base, "scheduler", None), "config", {})
+        more["noise"] = {key: config[key] for key in NOISE_FACTS if config.get(key) is not None}
+        if config.get("prediction_type") in BASE_TYPES:
+            more["base_prediction_type"] = config["prediction_type"]
+    if artifact.base_hash is None:
+        more["base_hash"] = content_hash(base)
+    return replace(artifact, **more)
+
+
+def _scheduler(artifact: "PeRFlowArtifact", base: Any) -> str:
+    """The JSON of our scheduler's configuration."""
+    known = {**artifact.noise, "prediction_type": artifact.base_prediction_type}
+    own = getattr(getattr(base, "scheduler", None), "config", None)
+    config = own if own is not None else {key: value for key, value in known.items() if value is not None}
+    return artifact.make_scheduler(config).to_json_string()

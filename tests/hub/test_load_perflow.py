@@ -1,0 +1,339 @@
+"""One call applies everything, one call takes it back; anything wrong leaves the pipeline as it was."""
+
+import logging
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AnimateDiffPipeline,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    MotionAdapter,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
+from hub_pipes import draw, make_pipe, make_unet
+from peft import LoraConfig
+
+from perflow_diffusers import PeRFlowScheduler, load_miniature, merge_delta
+from perflow_diffusers.hub import ArtifactError, PeRFlowArtifact, load_perflow, set_scheduler, unload_perflow
+from perflow_diffusers.hub.adapters import detach
+from perflow_diffusers.weights import MergeError, open_weights
+
+
+def by_hand(kind, delta, scale=1.0):
+    """The picture that the delta and the scheduler give when they are applied one by one."""
+    pipe = make_pipe(kind)
+    merge_delta(pipe, delta, scale)
+    pipe.scheduler = PeRFlowScheduler.from_config(pipe.scheduler.config, prediction_type="ddim_eps")
+    return draw(pipe)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_delta_equals_the_steps_by_hand_and_unloads_to_the_last_bit(kind, accelerators, bits):
+    pipe = make_pipe(kind)
+    before, former, stock = bits.copy(pipe.unet), pipe.scheduler, draw(pipe)
+    artifact = load_perflow(pipe, accelerators[kind].folder)
+    assert (artifact.steps, artifact.guidance_scale, artifact.base_model) == (4, 2.0, f"someone/{kind}")
+    assert np.array_equal(draw(pipe), by_hand(kind, accelerators[kind].delta))
+    unload_perflow(pipe)
+    assert bits.same(bits.copy(pipe.unet), before) and pipe.scheduler is former
+    assert np.array_equal(draw(pipe), stock)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_lora_of_full_rank_equals_the_delta_and_unloads_to_the_last_bit(kind, accelerators, bits):
+    pipe = make_pipe(kind)
+    before, former = bits.copy(pipe.unet), pipe.scheduler
+    load_perflow(pipe, accelerators[kind].folder, weights="lora")
+    assert pipe.get_list_adapters() == {"unet": ["perflow"]}
+    assert np.abs(draw(pipe) - by_hand(kind, accelerators[kind].delta)).max() < 2e-4
+    unload_perflow(pipe)
+    assert bits.same(bits.copy(pipe.unet), before) and pipe.scheduler is former
+
+
+@pytest.mark.parametrize("weights", ["delta", "lora"])
+def test_scale_is_the_strength_of_all_weights_biases_included(weights, accelerators):
+    pipe = make_pipe("sd")
+    load_perflow(pipe, accelerators["sd"].folder, weights, 0.5)
+    assert np.abs(draw(pipe) - by_hand("sd", accelerators["sd"].delta, 0.5)).max() < 2e-4
+
+
+def add_style(pipe, name, seed):
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    with warnings.catch_warnings():  # PEFT warns of a second adapter
+        warnings.simplefilter("ignore")
+        pipe.unet.add_adapter(config, adapter_name=name)
+
+
+def test_other_loras_keep_their_weights_scales_and_whether_they_are_active(accelerators, bits):
+    pipe = make_pipe("sd")
+    add_style(pipe, "style", 1)
+    add_style(pipe, "unused", 2)
+    pipe.set_adapters(["style"], [0.7])
+    before, stock = bits.copy(pipe.unet), draw(pipe)
+    load_perflow(pipe, accelerators["sd"].folder, weights="lora")
+    assert sorted(pipe.get_active_adapters()) == ["perflow", "style"]
+    both = draw(pipe)
+    unload_perflow(pipe)
+    assert pipe.get_active_adapters() == ["style"] and set(pipe.get_list_adapters()["unet"]) == {"style", "unused"}
+    assert bits.same(bits.copy(pipe.unet), before) and np.array_equal(draw(pipe), stock)
+    merged = make_pipe("sd")
+    merge_delta(merged, accelerators["sd"].delta)
+    merged.scheduler = PeRFlowScheduler.from_config(merged.scheduler.config, prediction_type="ddim_eps")
+    add_style(merged, "style", 1)
+    merged.set_adapters(["style"], [0.7])
+    assert np.abs(draw(merged) - both).max() < 2e-4
+
+
+def test_a_lora_that_is_loaded_later_survives_unloading(accelerators):
+    pipe = make_pipe("sd")
+    load_perflow(pipe, accelerators["sd"].folder, weights="lora")
+    add_style(pipe, "style", 1)
+    pipe.set_adapters(["perflow", "style"], [1.0, 0.4])
+    unload_perflow(pipe)
+    alone = make_pipe("sd")
+    add_style(alone, "style", 1)
+    alone.set_adapters(["style"], [0.4])
+    assert np.array_equal(draw(pipe), draw(alone))
+
+
+def test_the_scheduler_keeps_the_noise_of_the_pipeline_and_takes_type_and_windows_of_the_artifact(accelerators):
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipe = make_pipe("sd", scheduler=EulerDiscreteScheduler(steps_offset=1, **noise))
+    artifact = PeRFlowArtifact.from_folder(accelerators["sd"].folder)
+    uneven = replace(artifact, num_time_windows=3, window_boundaries=(1000, 700, 200, 0), prediction_type="diff_eps")
+    load_perflow(pipe, uneven, weights="delta")
+    assert pipe.scheduler.windows.boundaries == (1000, 700, 200, 0)
+    assert pipe.scheduler.config.perflow_type == "diff_eps" and pipe.scheduler.config.prediction_type == "epsilon"
+    assert {key: pipe.scheduler.config[key] for key in noise} == noise
+
+
+@pytest.fixture
+def records():
+    """(level, text) of what is logged below diffusers' own logger."""
+    found, handler = [], logging.Handler()
+    handler.emit = lambda record: found.append((record.levelname, record.getMessage()))
+    logger = logging.getLogger("diffusers.perflow")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield found
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+
+
+def test_the_choice_is_said_once_through_the_logger_of_diffusers(accelerators, records):
+    load_perflow(make_pipe("sd"), accelerators["sd"].folder)
+    load_perflow(make_pipe("sd", seed=0), accelerators["sd"].delta)
+    assert [level for level, _ in records] == ["INFO", "INFO"]
+    for part in ("delta x 1", "ddim_eps", "[1000, 750, 500, 250, 0]", "num_inference_steps=4", "guidance_scale=2"):
+        assert part in records[0][1] and part in records[1][1]
+
+
+def test_a_fine_tune_is_the_normal_use_and_a_stranger_of_the_same_shape_is_not(artifact_folder, accelerators):
+    load_perflow(load_miniature("disco"), artifact_folder)
+    stranger = make_pipe("sd", seed=9)
+    with pytest.raises(ArtifactError, match="nothing in common"):
+        load_perflow(stranger, accelerators["sd"].folder)
+    load_perflow(stranger, accelerators["sd"].folder, strict=False)
+    half = make_pipe("sd").to(dtype=torch.float16)
+    from perflow_diffusers.hub.network import relation
+
+    sample = PeRFlowArtifact.from_folder(accelerators["sd"].folder).base_sample
+    assert relation(sample, half) == "base" and relation(sample, make_pipe("sd", seed=9)) == "unrelated"
+    assert relation(PeRFlowArtifact.from_folder(artifact_folder).base_sample, load_miniature("disco")) == "fine-tune"
+
+
+def test_is_base_compares_every_bit(accelerators):
+    artifact = PeRFlowArtifact.from_folder(accelerators["sd"].folder)
+    pipe = make_pipe("sd")
+    assert artifact.is_base(pipe)
+    next(pipe.unet.parameters()).view(-1)[0] += 1e-3
+    assert not artifact.is_base(pipe)
+
+
+STOCK = {"steps_offset": 1, "clip_sample": False}
+V_PREDICTION = DDIMScheduler(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", **STOCK
+)
+OTHER_NOISE = DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", **STOCK)
+
+
+@pytest.mark.parametrize("weights", ["delta", "lora"])
+@pytest.mark.parametrize(
+    ("pipe", "message"),
+    [
+        (lambda: make_pipe("sdxl"), "differs from this pipeline's: cross_attention_dim 16 for 24"),
+        (lambda: make_pipe("sd", scheduler=V_PREDICTION), "base predicts epsilon, this pipeline's v_prediction"),
+        (lambda: make_pipe("sd", scheduler=OTHER_NOISE), "beta_schedule is linear instead of scaled_linear"),
+    ],
+    ids=["family", "prediction", "noise"],
+)
+def test_another_family_is_an_error_and_changes_nothing(weights, pipe, message, accelerators, bits):
+    pipe = pipe()
+    before, former = bits.copy(pipe.unet), pipe.scheduler
+    with pytest.raises(ArtifactError, match=message):
+        load_perflow(pipe, accelerators["sd"].folder, weights)
+    assert bits.same(bits.copy(pipe.unet), before) and pipe.scheduler is former
+
+
+@pytest.mark.parametrize("weights", ["delta", "lora"])
+def test_bare_files_know_their_family_by_their_shapes(weights, accelerators, bits):
+    pipe = make_pipe("sdxl")
+    before = bits.copy(pipe.unet)
+    source = accelerators["sd"].folder / {"delta": "perflow", "lora": "pytorch_lora_weights"}[weights]
+    artifact = replace(PeRFlowArtifact.from_header(source.with_suffix(".safetensors")), network={}, base_sample={})
+    with pytest.raises(ValueError, match="does not fit"):
+        load_perflow(pipe, artifact)
+    assert bits.same(bits.copy(pipe.unet), before)
+
+
+def test_bare_files_carry_everything(accelerators):
+    folder = accelerators["sd"].folder
+    whole = PeRFlowArtifact.from_folder(folder)
+    for name in ("perflow.safetensors", "pytorch_lora_weights.safetensors"):
+        bare = PeRFlowArtifact.from_header(folder / name)
+        assert bare.settings == whole.settings
+        pipe = make_pipe("sd")
+        load_perflow(pipe, folder / name)
+        assert np.abs(draw(pipe) - by_hand("sd", accelerators["sd"].delta)).max() < 2e-4
+
+
+@pytest.mark.parametrize("style", [True, False], ids=["style", "alone"])
+@pytest.mark.parametrize(
+    ("weights", "where"), [("delta", "scheduler"), ("lora", "scheduler"), ("lora", "injecting"), ("lora", "scaling")]
+)
+def test_a_failure_at_any_moment_leaves_the_pipeline_as_it_was(weights, where, style, accelerators, bits, monkeypatch):
+    pipe = make_pipe("sd")
+    if style:
+        add_style(pipe, "style", 1)
+    before, former = bits.copy(pipe.unet), pipe.scheduler
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("at the last moment")
+
+    if where == "scheduler":
+        monkeypatch.setattr(type(pipe), "__setattr__", fail)
+    elif where == "injecting":
+        monkeypatch.setattr("peft.set_peft_model_state_dict", fail)
+    else:
+        monkeypatch.setattr("perflow_diffusers.hub.adapters._names", Mock(side_effect=RuntimeError("too late")))
+        monkeypatch.setattr("perflow_diffusers.hub.adapters.detach", lambda pipe: (monkeypatch.undo(), detach(pipe)))
+    with pytest.raises(RuntimeError):
+        load_perflow(pipe, accelerators["sd"].folder, weights)
+    monkeypatch.undo()
+    assert bits.same(bits.copy(pipe.unet), before) and pipe.scheduler is former
+    assert getattr(pipe.unet, "peft_config", {}).keys() == ({"style"} if style else set())
+    load_perflow(pipe, accelerators["sd"].folder, weights)
+
+
+def test_twice_and_never_are_clear_errors(accelerators):
+    pipe = make_pipe("sd")
+    with pytest.raises(ArtifactError, match="Nothing is loaded"):
+        unload_perflow(pipe)
+    load_perflow(pipe, accelerators["sd"].folder)
+    with pytest.raises(ArtifactError, match=r"is loaded into this pipeline. Call `unload_perflow"):
+        load_perflow(pipe, accelerators["sd"].folder)
+    with pytest.raises(ArtifactError, match="is loaded, with its scheduler"):
+        set_scheduler(pipe, accelerators["sd"].folder)
+    unload_perflow(pipe)
+    load_perflow(pipe, accelerators["sd"].folder, weights="lora")
+    with pytest.raises(ArtifactError, match="weights='both' is unknown"):
+        load_perflow(make_pipe("sd"), accelerators["sd"].folder, weights="both")
+    with pytest.raises(ArtifactError, match="is a delta, and weights='lora'"):
+        load_perflow(make_pipe("sd"), accelerators["sd"].delta, weights="lora")
+
+
+def test_weights_that_others_changed_are_not_overwritten_unless_forced(accelerators, bits):
+    pipe = make_pipe("sd")
+    before = bits.copy(pipe.unet)
+    load_perflow(pipe, accelerators["sd"].folder)
+    ours = pipe.scheduler
+    pipe.unet.conv_in.weight.mul_(2)
+    with pytest.raises(MergeError, match="have changed since the merge"):
+        unload_perflow(pipe)
+    assert pipe.scheduler is ours
+    unload_perflow(pipe, force=True)
+    assert bits.same(bits.copy(pipe.unet), before)
+
+
+def test_inpainting_takes_the_delta_on_its_noisy_inputs_and_says_why_not_the_lora(accelerators, bits):
+    base = make_pipe("sd")
+    unet = UNet2DConditionModel(**{**base.unet.config, "in_channels": 9}).requires_grad_(False)
+    weights = dict(base.unet.state_dict())
+    wide = torch.zeros(8, 9, 3, 3)
+    wide[:, :4] = weights.pop("conv_in.weight")
+    unet.load_state_dict({**weights, "conv_in.weight": wide})
+    pipe = base
+    pipe.unet = unet
+    before = bits.copy(unet)
+    load_perflow(pipe, accelerators["sd"].folder)
+    delta = open_weights(accelerators["sd"].delta)["conv_in.weight"]
+    assert torch.equal(unet.conv_in.weight[:, :4], wide[:, :4] + delta) and not unet.conv_in.weight[:, 4:].any()
+    unload_perflow(pipe)
+    with pytest.raises(ArtifactError, match=r"conv_in.*takes the delta"):
+        load_perflow(pipe, accelerators["sd"].folder, weights="lora")
+    assert bits.same(bits.copy(unet), before)
+
+
+@pytest.mark.parametrize("weights", ["delta", "lora"])
+def test_motion_models_take_both_and_give_both_back(weights, accelerators, bits):
+    base = make_pipe("sd")
+    adapter = MotionAdapter(
+        block_out_channels=(8, 16),
+        motion_norm_num_groups=4,
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        use_motion_mid_block=False,
+    )
+    unet = UNetMotionModel.from_unet2d(base.unet, adapter)
+    pipe = AnimateDiffPipeline(base.vae, None, None, unet, None, base.scheduler)
+    before = bits.copy(unet)
+    load_perflow(pipe, accelerators["sd"].folder, weights)
+    assert isinstance(pipe.scheduler, PeRFlowScheduler) and not bits.same(bits.copy(unet), before)
+    unload_perflow(pipe)
+    assert bits.same(bits.copy(unet), before) and pipe.scheduler is base.scheduler
+
+
+def test_without_a_backup_nothing_pretends_to_unload(accelerators):
+    pipe = make_pipe("sd")
+    load_perflow(pipe, accelerators["sd"].folder, backup="none")
+    ours = pipe.scheduler
+    with pytest.raises(MergeError, match="backup='none', so nothing can undo"):
+        unload_perflow(pipe)
+    assert pipe.scheduler is ours
+
+
+def test_pipelines_without_what_it_needs_are_refused(accelerators):
+    with pytest.raises(MergeError, match="has no UNet"):
+        load_perflow(type("Pipe", (), {})(), accelerators["sd"].folder)
+    bare = type("Pipe", (), {})()
+    bare.unet = make_unet("sd")
+    with pytest.raises(ArtifactError, match="has no scheduler"):
+        load_perflow(bare, accelerators["sd"].folder)
+
+
+def test_a_delta_that_does_not_say_how_it_was_trained_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    unet = make_unet("sd")
+    save_file(
+        {name: torch.zeros_like(weight) for name, weight in unet.state_dict().items()}, tmp_path / "d.safetensors"
+    )
+    with pytest.raises(ArtifactError, match=r"does not say how it was trained.*card"):
+        load_perflow(make_pipe("sd"), tmp_path / "d.safetensors")
+
+
+def test_a_local_path_wins_over_a_short_name_and_the_log_says_so(accelerators, tmp_path, monkeypatch, records):
+    monkeypatch.chdir(tmp_path)
+    Path("miniature").symlink_to(accelerators["sd"].folder)
+    assert load_perflow(make_pipe("sd"), "miniature").base_model == "someone/sd"
+    assert records[0] == ("INFO", "'miniature' is a local path, which wins over the known name.")
+    Path("miniature").unlink()
+    assert load_perflow(load_miniature(), "miniature").prediction_type == "ddim_eps"
