@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from miniature_quality import BATCH, Bench, spread
 from perflow_diffusers import MINIATURE_GUIDANCE, merge_delta
-from perflow_diffusers.demo import perflow_scheduler
+from perflow_diffusers.hub import perflow_scheduler
 
 
 def merged_windows(bench: Bench, checkpoint: str) -> str:

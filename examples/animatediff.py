@@ -42,9 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     delta, guidance_scale = ("miniature", 1.0) if args.miniature else (args.delta, 4.5)
     parts = {name: part for name, part in base.components.items() if name != "safety_checker"}
     pipe = AnimateDiffPipeline(motion_adapter=motion, **parts).to(args.device)
-    merged = pf.merge_delta(pipe, delta)  # of perflow-sd15-delta it knows: diff_eps, 4 windows
-    kind, k = merged.metadata.get("prediction_type"), int(merged.metadata.get("num_time_windows", 4))
-    pipe.scheduler = pf.PeRFlowScheduler.from_config(pipe.scheduler.config, prediction_type=kind, num_time_windows=k)
+    pf.load_perflow(pipe, delta)  # weights and scheduler: of perflow-sd15-delta it knows diff_eps, 4 windows
     options = {"num_inference_steps": args.steps, "generator": torch.Generator().manual_seed(args.seed)}
     options["guidance_scale"] = guidance_scale if args.guidance_scale is None else args.guidance_scale
     frames = pipe(args.prompt, num_frames=args.frames, **options).frames[0]

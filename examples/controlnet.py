@@ -36,9 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         pipe, delta = StableDiffusionPipeline.from_pretrained(args.model, dtype=dtype), args.delta
         controlnet, guidance_scale = ControlNetModel.from_pretrained(args.controlnet, dtype=dtype), 4.5
-    merged = pf.merge_delta(pipe.to(args.device), delta)  # of perflow-sd15-delta it knows: diff_eps, 4 windows
-    kind, k = merged.metadata.get("prediction_type"), int(merged.metadata.get("num_time_windows", 4))
-    pipe.scheduler = pf.PeRFlowScheduler.from_config(pipe.scheduler.config, prediction_type=kind, num_time_windows=k)
+    pipe.to(args.device)
+    pf.load_perflow(pipe, delta)  # weights and scheduler: of perflow-sd15-delta it knows diff_eps, 4 windows
     options = {"num_inference_steps": args.steps, "generator": torch.Generator().manual_seed(args.seed)}
     options["guidance_scale"] = guidance_scale if args.guidance_scale is None else args.guidance_scale
     image = load_image(args.image) if args.image else pipe("a happy person with brown hair", **options).images[0]

@@ -34,9 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         pipe, delta = StableDiffusionPipeline.from_pretrained(args.model, dtype=dtype), args.delta
         guidance_scale = 4.5
     pipe.to(args.device)
-    merged = pf.merge_delta(pipe, delta)  # of perflow-sd15-delta it knows: diff_eps, 4 windows
-    kind, k = merged.metadata.get("prediction_type"), int(merged.metadata.get("num_time_windows", 4))
-    pipe.scheduler = pf.PeRFlowScheduler.from_config(pipe.scheduler.config, prediction_type=kind, num_time_windows=k)
+    pf.load_perflow(pipe, delta)  # weights and scheduler: of perflow-sd15-delta it knows diff_eps, 4 windows
     options = {
         "num_inference_steps": args.steps,
         "guidance_scale": guidance_scale if args.guidance_scale is None else args.guidance_scale,

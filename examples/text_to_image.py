@@ -33,10 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         guidance_scale = 4.5
     pipe.to(args.device)
 
-    merged = pf.merge_delta(pipe, delta)  # of perflow-sd15-delta it knows: diff_eps, 4 windows
-    print(merged.report)
-    kind, k = merged.metadata.get("prediction_type"), int(merged.metadata.get("num_time_windows", 4))
-    pipe.scheduler = pf.PeRFlowScheduler.from_config(pipe.scheduler.config, prediction_type=kind, num_time_windows=k)
+    pf.load_perflow(pipe, delta)  # weights and scheduler: of perflow-sd15-delta it knows diff_eps, 4 windows
     picture = pipe(
         args.prompt,
         negative_prompt=args.negative_prompt,

@@ -6,18 +6,27 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from perflow_diffusers import (
     MINIATURE_GUIDANCE,
     PeRFlowScheduler,
     load_miniature,
+    load_perflow,
     merge_delta,
     miniature_prompts,
+    unload_perflow,
     unmerge_delta,
 )
-from perflow_diffusers.demo import STOCK, perflow_scheduler, stock_scheduler
+from perflow_diffusers.demo import STOCK, stock_scheduler
+from perflow_diffusers.hub import perflow_scheduler
 from perflow_diffusers.miniature import miniature_folder
 
 DATA = Path(__file__).parents[2] / "training" / "miniature" / "data"
@@ -105,6 +114,29 @@ def test_four_steps_beat_every_stock_sampler_at_twice_the_evaluations(pipe):
             pipe.scheduler = perflow_scheduler(config, merged.metadata)
             ours = float((draw(pipe, prompts, 4, 1.0) - reference).pow(2).mean())
         assert ours < min(stock.values()), (checkpoint, ours, stock)
+
+
+def test_the_lora_beside_the_delta_keeps_most_of_its_gain(pipe):
+    """At least 80 % of it, over the best stock sampler at the same evaluations; exact: benchmarks/delta_sizes.py."""
+    prompts = miniature_prompts(48, seed=11)
+    config = pipe.scheduler.config
+    reference = draw(pipe, prompts, 50, MINIATURE_GUIDANCE)
+
+    def error(steps, guidance):
+        return float((draw(pipe, prompts, steps, guidance) - reference).pow(2).mean())
+
+    errors = {}
+    for name in STOCK:
+        pipe.scheduler = stock_scheduler(name, config)
+        errors[name] = error(2, MINIATURE_GUIDANCE)
+    for source in ("miniature", "miniature-lora"):
+        pipe.scheduler = DDIMScheduler.from_config(config)
+        artifact = load_perflow(pipe, source)
+        errors[source] = error(artifact.steps, artifact.guidance_scale)
+        unload_perflow(pipe)
+    pipe.scheduler = DDIMScheduler.from_config(config)
+    stock = min(errors[name] for name in STOCK)
+    assert (stock - errors["miniature-lora"]) / (stock - errors["miniature"]) > 0.8, errors
 
 
 def test_merge_and_unmerge_give_back_the_same_picture(pipe):

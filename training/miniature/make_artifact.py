@@ -19,7 +19,7 @@ LICENCE = "apache-2.0"
 
 
 def miniature_artifact(
-    folder: str | Path, *, delta: str | Path | None = None, rank: int = 32, samples: int = 4, overwrite: bool = False
+    folder: str | Path, *, delta: str | Path | None = None, rank: int = 16, samples: int = 4, overwrite: bool = False
 ) -> PeRFlowArtifact:
     """Write the artefact of the embedded delta (or of `delta`) to `folder`, with a LoRA of `rank` in both layouts.
 
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="where to write it")
     parser.add_argument("--delta", help="another delta than the embedded one")
-    parser.add_argument("--rank", type=int, default=32, help="of the LoRA (default: 32)")
+    parser.add_argument("--rank", type=int, default=16, help="of the LoRA (default: 16)")
     parser.add_argument("--overwrite", action="store_true", help="replace an artefact that is there")
     options = parser.parse_args()
     print(miniature_artifact(options.folder, delta=options.delta, rank=options.rank, overwrite=options.overwrite))

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
@@ -42,14 +43,15 @@ class Located:
     key_files: Mapping[str, Path] | None = None
 
 
-def _miniature() -> Path:
-    """The delta that is packaged with the miniature pipeline."""
-    return Path(str(resources.files("perflow_diffusers"))) / "miniature" / "assets" / "delta" / "perflow.safetensors"
+def _miniature(name: str) -> Path:
+    """Weights that are packaged with the miniature pipeline."""
+    return Path(str(resources.files("perflow_diffusers"))) / "miniature" / "assets" / name
 
 
 #: Short name -> where it is: a Hub repository, or a function that gives a local file or folder.
 SHORT_NAMES: dict[str, HubSpec | Callable[[], Path]] = {
-    "miniature": _miniature,
+    "miniature": partial(_miniature, "delta/perflow.safetensors"),
+    "miniature-lora": partial(_miniature, "lora/pytorch_lora_weights.safetensors"),
     **{
         entry.short_name: HubSpec(entry.repo_id, variant=entry.variant, metadata=entry.training)
         for entry in PUBLISHED
