@@ -116,8 +116,8 @@ def plot(rows: list[Form], stock: dict[int, float], path: Path) -> None:
         y = [100 * (stock[4] - row.error) / (stock[4] - whole) for row in chosen]
         axes.plot(x, y, marker, linestyle=line, label=label)
         for row, a, b in zip(chosen, x, y, strict=True):
-            if "weighted" not in row.label:
-                name = row.label.removeprefix("LoRA ")
+            if "weighted" not in row.label and row.label not in ("bfloat16", "as shipped (float16)"):
+                name = row.label.removeprefix("LoRA ").replace("float16", "16 bits")
                 axes.annotate(name, (a, b), (4, -12), textcoords="offset points", fontsize=8)
     axes.axhline(80, color="gray", linewidth=0.8, linestyle="--")
     axes.set(xscale="log", xlabel="size of the files, kB", ylabel="gain kept, %")
