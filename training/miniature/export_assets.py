@@ -13,8 +13,11 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
+from perflow_diffusers import extract_lora
 from perflow_diffusers.miniature import miniature_folder
 from pictures import load_pictures
+
+LORA_RANK = 8  # what fits into 15 MB; what other ranks keep: benchmarks/delta_sizes.py
 
 
 def export_base(source: Path, out: Path) -> None:
@@ -43,6 +46,7 @@ def main() -> None:
     if args.delta:
         (args.out / "delta").mkdir(exist_ok=True)
         shutil.copy(args.delta, args.out / "delta" / "perflow.safetensors")
+        extract_lora(args.delta, args.out / "lora", rank=LORA_RANK, exact=True, overwrite=True)
     total = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     print(f"{args.out}: {total / 1e6:.2f} MB")
 
