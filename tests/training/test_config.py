@@ -1,10 +1,16 @@
 """Options: read, overridden, and refused by name."""
 
+import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
-from perflow_training.config import ConfigError, TrainingConfig, load_config
+from perflow_diffusers import load_miniature
+from perflow_training.config import ConfigError, TrainingConfig, config_of, load_config, reference
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 NEEDED = ["pretrained_model_name_or_path=a", "train_captions=b"]
@@ -12,7 +18,8 @@ NEEDED = ["pretrained_model_name_or_path=a", "train_captions=b"]
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_committed_config_is_valid(path):
-    assert isinstance(load_config(path), TrainingConfig)
+    needed = NEEDED if path.stem == "reference" else []
+    assert isinstance(load_config(path, needed), TrainingConfig)
 
 
 def test_overrides_win_over_the_file_and_keep_their_types():
@@ -36,15 +43,59 @@ def test_overrides_win_over_the_file_and_keep_their_types():
         ("caption_dropout=1.5", "must lie in 0..1"),
         ("window_weights=[1, 2]", "must be 4 positive numbers"),
         ("window_weights=some", "is not equal, measured"),
-        ("data_starts=0.5", "needs pictures"),
-        ("train_captions=''", "`train_captions` is not set"),
+        ("train_captions=''", "none of `train_captions`, `train_data_dir`"),
+        ("pretrained_model_name_or_path=''", "`pretrained_model_name_or_path` is not set"),
+        ("train_data_dir=pictures", "Examples come from one of them"),
+        ("guidance_scale=[9, 5]", "two positive ones from low to high"),
+        ("guidance_scale=0", "must be positive"),
+        ("rescale_betas_zero_snr=true", "for `prediction_type=velocity` only"),
+        ("report_to=mlflow", "mlflow is none of tensorboard, wandb"),
+        ("validation_steps=10", "needs `validation_prompts`"),
+        ("validation_samplings=[[4]]", "pairs of steps and guidance"),
+        ("lora_rank=-1", "must not be negative"),
+        ("torch_compile=1", "must be of type bool"),
+        ("window_boundaries=[1000, half, 0]", "must be of type int"),
     ],
 )
 def test_wrong_options_are_refused_by_name(word, message):
-    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(None, [*NEEDED, word])
 
 
 def test_shares_of_timesteps_make_one_whole():
     with pytest.raises(ConfigError, match="sum must be at most 1"):
         load_config(None, [*NEEDED, "timestep_starts=0.7", "timestep_grid=0.4"])
+
+
+def test_reference_file_is_what_the_classes_say():
+    """configs/reference.yaml: every option, its default, and a meaning; written by --reference."""
+    text = (CONFIGS / "reference.yaml").read_text()
+    assert text == reference()
+    values = yaml.safe_load(text)
+    assert config_of(values) == TrainingConfig()
+    assert set(values) == {option.name for option in fields(TrainingConfig)}
+
+
+def test_an_empty_value_is_an_empty_text_or_null():
+    config = load_config(None, [*NEEDED, "train_shards=", "revision="])
+    assert (config.train_shards, config.revision) == ("", None)
+
+
+def test_a_config_survives_json():
+    config = load_config(CONFIGS / "miniature.yaml", ["guidance_scale=[5, 9]", "lora_rank=4"])
+    assert config_of(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed_zero2", "DEEPSPEED"), ("deepspeed_zero3", "DEEPSPEED")],
+)
+def test_launch_configs_are_what_accelerate_reads(name, kind):
+    launch = load_config_from_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
+    assert (launch.distributed_type, launch.num_processes, launch.mixed_precision) == (kind, 8, "bf16")
+    if name == "fsdp2":
+        assert launch.fsdp_config["fsdp_version"] == 2
+        blocks = set(launch.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(","))
+        assert blocks <= {type(module).__name__ for module in load_miniature().unet.modules()}
+    if name.startswith("deepspeed"):
+        assert launch.deepspeed_config["zero_stage"] == int(name[-1])

@@ -6,11 +6,14 @@ import torch
 from closed_form import GaussianWorld
 from perflow_diffusers.flow import NoisePath, Windows, coefficients
 from perflow_training.backbone import Backbone
-from perflow_training.buffer import SolvedWindows, WindowBuffer
+from perflow_training.buffer import SolvedWindows
+from perflow_training.conditions import Conditions
 from perflow_training.config import TrainingConfig
 from perflow_training.objective import (
     draw_timesteps,
-    measure_window_weights,
+    guidance_of,
+    measure_window_costs,
+    sample_weights,
     solve_from_data,
     solve_trajectories,
     student_loss,
@@ -19,7 +22,7 @@ from perflow_training.objective import (
 PATH = NoisePath.from_betas()
 WORLD = GaussianWorld(PATH)
 WINDOWS = Windows.uniform(4, 1000)
-COND = torch.zeros(16, 1, 1, dtype=torch.float64)
+COND = Conditions(torch.zeros(16, 1, 1, dtype=torch.float64))
 
 
 class GaussianNetwork(torch.nn.Module):
@@ -33,7 +36,7 @@ TEACHER = Backbone(GaussianNetwork(), PATH, "epsilon", index_offset=-1)
 
 
 def config(**options):
-    return TrainingConfig(**{"solver": "dpmpp_2m", "solver_steps": 200, **options})
+    return TrainingConfig(**{"solver": "heun", "solver_spacing": "time", "solver_steps": 200, **options})
 
 
 def noise(seed=0):
@@ -57,10 +60,10 @@ def test_trajectories_follow_the_closed_form_from_window_to_window():
 
 
 def test_windows_from_data_start_on_the_diffusion_marginal():
-    torch.manual_seed(3)
     latents, eps = noise(1), noise(2)
-    windows = solve_from_data(TEACHER, WINDOWS, config(), latents, eps, COND, COND[:1])
-    assert set(windows.start.tolist()) <= {1000, 750, 500, 250}
+    number = torch.tensor([0, 1, 2, 3] * 4)
+    windows = solve_from_data(TEACHER, WINDOWS, config(), latents, eps, number, COND, COND[:1])
+    assert windows.start.tolist() == [1000, 750, 500, 250] * 4
     assert torch.equal(windows.start - windows.end, torch.full((16,), 250))
     abar = PATH.alpha[windows.start].reshape(-1, 1, 1, 1) ** 2
     torch.testing.assert_close(windows.z_start, abar.sqrt() * latents + (1 - abar).sqrt() * eps, rtol=0, atol=1e-9)
@@ -76,7 +79,7 @@ def test_the_ideal_student_has_no_loss_anywhere_in_a_window(prediction_type):
     for back in (0, 1, 100, 249):
         losses = student_loss(
             lambda z, t, cond: WORLD.student(z, t, starts, ends, prediction_type),
-            TEACHER,
+            PATH,
             exact,
             starts - back,
             config(prediction_type=prediction_type),
@@ -97,10 +100,10 @@ def test_loss_of_a_wrong_student_is_its_squared_error_times_the_weight():
         windows.cond,
     )
     off = torch.linspace(-1, 1, 256, dtype=torch.float64).reshape(4, 8, 8)
-    losses = student_loss(lambda *_: right + off, TEACHER, exact, windows.start, config(), weights)
+    losses = student_loss(lambda *_: right + off, PATH, exact, windows.start, config(), weights)
     torch.testing.assert_close(losses, weights * off.pow(2).mean(), rtol=1e-5, atol=1e-6)
     huber = student_loss(
-        lambda *_: right + off, TEACHER, exact, windows.start, config(loss="pseudo_huber", huber_c=0.5), weights
+        lambda *_: right + off, PATH, exact, windows.start, config(loss="pseudo_huber", huber_c=0.5), weights
     )
     torch.testing.assert_close(huber, weights * ((off.pow(2).mean() + 0.25).sqrt() - 0.5), rtol=1e-5, atol=1e-6)
 
@@ -108,9 +111,11 @@ def test_loss_of_a_wrong_student_is_its_squared_error_times_the_weight():
 def test_measured_window_weights_are_the_flow_s_amplification():
     """An error d in eps at window k is eta_k d at its end and eta_k d s_0 / s_e in the final latent."""
     world_student = Backbone(_Off(), PATH, "epsilon")
-    weights = measure_window_weights(
+    final, loss = measure_window_costs(
         world_student, TEACHER, WINDOWS, config(solver_steps=200), noise(), COND, COND[:1]
     )
+    weights = final / loss
+    weights = weights / weights.mean()
     wanted = torch.stack(
         [
             (coefficients(PATH, "ddim_eps", s, e)[1] * WORLD.spread(0) / WORLD.spread(e)) ** 2
@@ -128,20 +133,61 @@ class _Off(torch.nn.Module):
         return (WORLD.student(z, timestep, start, start - 250, "ddim_eps") + 0.3,)
 
 
+def drawn(start, end, starts, grid, discrete=None):
+    uniform = torch.rand(3, len(start), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return draw_timesteps(start, end, uniform, starts, grid, discrete)
+
+
 def test_timesteps_are_drawn_where_sampling_happens():
-    torch.manual_seed(0)
     start = torch.full((40000,), 750)
     end = torch.full((40000,), 500)
-    assert torch.equal(draw_timesteps(start, end, 1.0, 0.0), start)
-    grid = draw_timesteps(start, end, 0.0, 1.0)
+    assert torch.equal(drawn(start, end, 1.0, 0.0), start)
+    grid = drawn(start, end, 0.0, 1.0)
     assert set(grid.tolist()) == {750, 625}
-    uniform = draw_timesteps(start, end, 0.0, 0.0)
+    uniform = drawn(start, end, 0.0, 0.0)
     assert (uniform.min(), uniform.max()) == (501, 750)
     assert abs(float(uniform.double().mean()) - 625.5) < 2
-    mixed = draw_timesteps(start, end, 0.5, 0.3)
+    mixed = drawn(start, end, 0.5, 0.3)
     # 0.5 on the start, half of 0.3 there by the grid, 0.2 / 250 by chance
     assert abs(float((mixed == 750).double().mean()) - (0.5 + 0.15 + 0.2 / 250)) < 0.01
     assert abs(float((mixed == 625).double().mean()) - (0.15 + 0.2 / 250)) < 0.01
+
+
+def test_discrete_timesteps_are_the_published_grid():
+    """1, 1 - 1/40, ...: in the window from 750 to 500 ten points, each as likely as the others."""
+    points = drawn(torch.full((40000,), 750), torch.full((40000,), 500), 0.0, 0.0, (40, 1000))
+    values, counts = points.unique(return_counts=True)
+    assert values.tolist() == list(range(525, 751, 25))
+    assert (counts / 40000 - 0.1).abs().max() < 0.01
+    uneven = drawn(torch.full((4000,), 610), torch.full((4000,), 100), 0.0, 0.0, (40, 1000))
+    assert (int(uneven.min()), int(uneven.max())) == (125, 610)
+
+
+def test_published_reweightings():
+    """1 / clamp(1 - t, 0.1) / 2.3, and the window's start over (1 + K) / 2K."""
+    start, timestep = torch.tensor([1000, 750, 500, 250]), torch.tensor([1000, 700, 400, 1])
+    got = sample_weights(config(reweighting_scheme="reciprocal"), WINDOWS, start, timestep, 1000)
+    torch.testing.assert_close(got, 1 / torch.tensor([0.1, 0.3, 0.6, 0.999]) / 2.3)
+    got = sample_weights(config(reweighting_scheme="rcp_win"), WINDOWS, start, timestep, 1000)
+    torch.testing.assert_close(got, torch.tensor([1, 0.75, 0.5, 0.25]) / (5 / 8))
+    assert sample_weights(config(), WINDOWS, start, timestep, 1000).tolist() == [1, 1, 1, 1]
+
+
+def test_first_window_starts_on_pure_noise_if_asked():
+    windows = solve_from_data(
+        TEACHER, WINDOWS, config(zero_snr=True, solver_steps=2), noise(1), noise(2), torch.tensor([0, 1] * 8), COND,
+        COND[:1],
+    )  # fmt: skip
+    assert torch.equal(windows.z_start[::2], noise(2)[::2])
+    assert torch.equal(windows.z_start[1::2], PATH.add_noise(noise(1), noise(2), 750)[1::2])
+
+
+def test_guidance_comes_from_the_range():
+    uniform = torch.tensor([0.0, 0.5, 1.0])
+    assert guidance_of(config(guidance_scale=[5.0, 9.0]), uniform).tolist() == [5, 7, 9]
+    assert guidance_of(config(guidance_scale=7.5), uniform) == 7.5
+    assert guidance_of(config(guidance_scale=1.0), uniform) is None
+    assert guidance_of(config(), uniform) is None
 
 
 def test_guidance_is_the_classifier_free_combination():
@@ -150,25 +196,11 @@ def test_guidance_is_the_classifier_free_combination():
             return (z * 0 + encoder_hidden_states.mean((1, 2)).reshape(-1, 1, 1, 1),)
 
     backbone = Backbone(Sees(), PATH, "epsilon")
-    cond = torch.tensor([1.0, 2.0]).reshape(2, 1, 1)
-    predict = backbone.guided(torch.full((1, 1, 1), 0.5), cond, 7.5)
-    out = predict(torch.zeros(2, 4, 2, 2), torch.tensor([10, 20]))
+    cond, uncond = (Conditions(torch.tensor(v).reshape(-1, 1, 1)) for v in ([1.0, 2.0], [0.5]))
+    z, timestep = torch.zeros(2, 4, 2, 2), torch.tensor([10, 20])
+    out = backbone.guided(uncond, cond, 7.5)(z, timestep)
     torch.testing.assert_close(out[:, 0, 0, 0], 0.5 + 7.5 * (torch.tensor([1.0, 2.0]) - 0.5))
-    plain = backbone.guided(torch.full((1, 1, 1), 0.5), cond, None)(torch.zeros(2, 4, 2, 2), torch.tensor([10, 20]))
+    each = backbone.guided(uncond, cond, torch.tensor([2.0, 3.0]))(z, timestep)
+    torch.testing.assert_close(each[:, 0, 0, 0], torch.tensor([1.5, 5.0]))
+    plain = backbone.guided(uncond, cond, None)(z, timestep)
     torch.testing.assert_close(plain[:, 0, 0, 0], torch.tensor([1.0, 2.0]))
-
-
-@pytest.mark.parametrize("reuse", [1, 4])
-def test_buffer_solves_as_seldom_as_reuse_says_and_stays_bounded(reuse):
-    numbers = iter(range(1000))
-
-    def solve():
-        z = torch.full((32, 1, 1, 1), float(next(numbers)))
-        return SolvedWindows(z, z, torch.zeros(32), torch.zeros(32), z)
-
-    buffer = WindowBuffer(solve, size=64, reuse=reuse, generator=torch.Generator().manual_seed(0))
-    drawn = [buffer.batch(16) for _ in range(64)]
-    assert buffer.solved == 64 * 16 // reuse
-    assert len(buffer.windows) == min(64, buffer.solved)
-    newest = buffer.solved // 32 - 1
-    assert set(drawn[-1].z_start.flatten().tolist()) <= {newest, newest - 1}

@@ -1,7 +1,6 @@
 """The whole run on the embedded miniature: options in, student and delta out."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,31 +10,7 @@ from diffusers import UNet2DConditionModel
 import train_perflow
 from perflow_diffusers import PeRFlowScheduler, load_miniature, merge_delta
 from perflow_diffusers.demo import perflow_scheduler
-from perflow_diffusers.miniature import miniature_folder
 from perflow_diffusers.weights import open_weights
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    captions = tmp_path / "captions.txt"
-    captions.write_text("a person with red hair\na happy person with glasses on a blue background\n")
-
-    def start(*words):
-        options = [
-            f"pretrained_model_name_or_path={miniature_folder() / 'avatars'}",
-            f"train_captions={captions}",
-            f"output_dir={tmp_path / 'out'}",
-            "solve_batch_size=2",
-            "solver_steps=2",
-            "train_batch_size=4",
-            "logging_steps=1",
-            *words,
-        ]
-        monkeypatch.setattr(sys, "argv", ["train_perflow.py", *options])
-        train_perflow.main()
-        return tmp_path / "out"
-
-    return start
 
 
 def test_student_delta_and_log_come_out(run):
@@ -78,18 +53,18 @@ def test_training_lowers_the_loss_it_reports(run):
 
 def test_noised_data_as_starting_points(run, tmp_path):
     parquet = Path(train_perflow.__file__).parent / "miniature" / "data" / "thumbs-test.parquet"
-    out = run("max_train_steps=1", f"train_captions={parquet}", "train_images=true", "data_starts=1.0")
+    out = run("max_train_steps=1", f"train_captions={parquet}", "data_starts=1.0")
     assert (
         json.loads((out / "log.jsonl").read_text())["solved"] == 2
     )  # one window a sample (trajectories would have 8)
 
 
-@pytest.mark.parametrize("words", [["max_train_steps=0"], ["nonsense=1"], ["train_captions=/no/such/file"]])
-def test_wrong_options_end_with_a_message_and_code_2(run, words, capsys):
+@pytest.mark.parametrize("wrong", ["max_train_steps=0", "nonsense=1", "train_captions=/no/such/file"])
+def test_wrong_options_end_with_a_message_and_code_2(run, wrong, capsys):
     with pytest.raises(SystemExit) as stop:
-        run(*words)
+        run(wrong)
     assert stop.value.code == 2
-    assert words[0].split("=")[0] in capsys.readouterr().err
+    assert wrong.split("=")[0] in capsys.readouterr().err
 
 
 def test_scheduler_of_the_trained_type_comes_from_the_header(run):
@@ -107,7 +82,7 @@ def test_uneven_windows_given_weights_and_mixed_starts(run):
     """The header carries the boundaries, and the scheduler that it describes walks them."""
     parquet = Path(train_perflow.__file__).parent / "miniature" / "data" / "thumbs-test.parquet"
     out = run("max_train_steps=4", "window_boundaries=[1000, 600, 0]", "window_weights=[3, 1]", "reuse=1",
-              f"train_captions={parquet}", "train_images=true", "data_starts=0.5")  # fmt: skip
+              f"train_captions={parquet}", "data_starts=0.5")  # fmt: skip
     header = open_weights(out / "perflow.safetensors").metadata
     assert (header["num_time_windows"], json.loads(header["window_boundaries"])) == ("2", [1000, 600, 0])
     scheduler = perflow_scheduler(load_miniature().scheduler.config, header)

@@ -1,57 +1,145 @@
 """Solved windows, and the bounded buffer that trains on each of them several times before it is replaced."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from .conditions import Conditions
+from .draws import Draws
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SolvedWindows:
-    """`z_start`, `z_end` (B, C, H, W); `start`, `end` (B,) path indices; `cond` (B, L, D)."""
+    """`z_start`, `z_end` (B, C, H, W); `start`, `end` (B,) path indices, on the CPU; `cond` of B rows."""
 
-    z_start: torch.Tensor
-    z_end: torch.Tensor
-    start: torch.Tensor
-    end: torch.Tensor
-    cond: torch.Tensor
+    z_start: Tensor
+    z_end: Tensor
+    start: Tensor
+    end: Tensor
+    cond: Conditions
 
     def __len__(self) -> int:
         return len(self.start)
 
-    def __getitem__(self, index: torch.Tensor) -> "SolvedWindows":
-        return SolvedWindows(*(getattr(self, part.name)[index] for part in fields(self)))
+    def __getitem__(self, index: Tensor) -> "SolvedWindows":
+        place = index.to(self.z_start.device)
+        return SolvedWindows(
+            self.z_start[place], self.z_end[place], self.start[index], self.end[index], self.cond[place]
+        )
 
     @staticmethod
     def cat(parts: list["SolvedWindows"]) -> "SolvedWindows":
-        return SolvedWindows(*(torch.cat([getattr(p, part.name) for p in parts]) for part in fields(SolvedWindows)))
+        joined = (torch.cat([getattr(p, name) for p in parts]) for name in ("z_start", "z_end", "start", "end"))
+        return SolvedWindows(*joined, Conditions.cat([part.cond for part in parts]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Shelf:
+    """The windows of one picture size; `lanes` (number of lanes, windows a lane): rows of `windows`."""
+
+    windows: SolvedWindows
+    lanes: Tensor
 
 
 class WindowBuffer:
     """Random batches of solved windows.
 
+    `solve(number)` gives the windows of `trajectories` trajectories, window after window (one or more a trajectory).
     Holds at least one solve and at most `size` windows (a solve is never split). After each `reuse`-th part of the
     buffer's uses a new solve replaces the oldest one, so that on average a window is drawn `reuse` times.
+
+    The trajectories of a solve and the samples of a batch are dealt to lanes, and a sample draws from its lane only.
+    The lanes are those of the global batch: which processes share them changes nothing, and no window has to travel.
     """
 
-    def __init__(self, solve: Callable[[], SolvedWindows], size: int, reuse: int, generator: torch.Generator):
-        self.solve, self.size, self.reuse, self.generator = solve, size, reuse, generator
+    def __init__(
+        self, solve: Callable[[int], SolvedWindows], size: int, reuse: int, draws: Draws, trajectories: int
+    ) -> None:
+        self.solve, self.size, self.reuse, self.draws, self.trajectories = solve, size, reuse, draws, trajectories
         self.solves: list[SolvedWindows] = []
-        self.windows: SolvedWindows | None = None
+        self.shelves: list[_Shelf] = []
+        self.lanes = 0  # of this process
         self.credit = 0  # windows that may still be drawn before the next solve
-        self.solved = 0
+        self.solved = 0  # windows
+        self.number = 0  # solves
 
-    def batch(self, count: int) -> SolvedWindows:
-        """`count` windows drawn at random."""
+    def __len__(self) -> int:
+        return sum(map(len, self.solves))
+
+    def batch(self, count: int, step: int) -> SolvedWindows:
+        """`count` windows, the same ones for the same `step`."""
+        lanes = math.gcd(count, self.trajectories)
         while self.credit < count:
-            self._add(self.solve())
+            self.add(self.solve(self.number))
+        if lanes != self.lanes:
+            self.lanes = lanes
+            self._arrange()
         self.credit -= count
-        return self.windows[torch.randint(len(self.windows), (count,), generator=self.generator)]
+        shelf = self._shelf(step)
+        lane = torch.arange(count) * lanes // count
+        place = (self.draws.uniform("window", step, count) * shelf.lanes.shape[1]).long()
+        return shelf.windows[shelf.lanes[lane, place]]
 
-    def _add(self, fresh: SolvedWindows) -> None:
+    def add(self, fresh: SolvedWindows) -> None:
+        """Puts a solve in and the oldest ones out."""
         self.solves.append(fresh)
-        while len(self.solves) > 1 and sum(map(len, self.solves)) > self.size:
+        while len(self.solves) > 1 and len(self) > self.size:
             self.solves.pop(0)
-        self.windows = SolvedWindows.cat(self.solves)
+        self.number += 1
         self.solved += len(fresh)
         self.credit += self.reuse * len(fresh)
+        if self.lanes:
+            self._arrange()
+
+    def _shelf(self, step: int) -> _Shelf:
+        """A batch has one picture size, drawn by how many windows there are of each."""
+        if len(self.shelves) == 1:
+            return self.shelves[0]
+        rest = self.draws.shared("size", step) * len(self)
+        for shelf in self.shelves:
+            rest -= len(shelf.windows)
+            if rest < 0:
+                return shelf
+        return self.shelves[-1]
+
+    def _arrange(self) -> None:
+        sizes: dict[tuple[int, ...], list[SolvedWindows]] = {}
+        for solve in self.solves:
+            sizes.setdefault(tuple(solve.z_start.shape[1:]), []).append(solve)
+        self.shelves = []
+        for solves in sizes.values():
+            windows = solves[0] if len(solves) == 1 else SolvedWindows.cat(solves)
+            # rows are window after window; a trajectory's number decides its lane
+            lane = torch.arange(len(windows)) % self.trajectories * self.lanes // self.trajectories
+            self.shelves.append(_Shelf(windows, lane.argsort(stable=True).reshape(self.lanes, -1)))
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """(tensors, JSON) of all that the next batches depend on."""
+        tensors = {}
+        for i, solve in enumerate(self.solves):
+            rows = {"z_start": solve.z_start, "z_end": solve.z_end, "start": solve.start, "end": solve.end}
+            # the windows of a trajectory share its conditions: stored once
+            rows |= {f"cond.{name}": part[: self.trajectories] for name, part in solve.cond.tensors().items()}
+            tensors |= {f"{i}.{name}": part.contiguous() for name, part in rows.items()}
+        counts = {"credit": self.credit, "solved": self.solved, "number": self.number, "solves": len(self.solves)}
+        return tensors, counts
+
+    def load_state(self, tensors: dict[str, Tensor], counts: dict, device: torch.device | str) -> None:
+        """The opposite of `state`."""
+        self.solves = []
+        for i in range(counts["solves"]):
+            parts = {name.removeprefix(f"{i}."): value for name, value in tensors.items() if name.startswith(f"{i}.")}
+            cond = {name[5:]: parts.pop(name).to(device) for name in list(parts) if name.startswith("cond.")}
+            times = len(parts["start"]) // self.trajectories
+            self.solves.append(
+                SolvedWindows(
+                    parts["z_start"].to(device), parts["z_end"].to(device), parts["start"], parts["end"],
+                    Conditions(**cond).repeat(times),
+                )
+            )  # fmt: skip
+        self.credit, self.solved, self.number = counts["credit"], counts["solved"], counts["number"]
+        if self.lanes:
+            self._arrange()

@@ -1,9 +1,17 @@
 """Every option of a training run, with its default; read from YAML, overridden by `name=value` words."""
 
-from dataclasses import asdict, dataclass, field, fields
+import inspect
+import re
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 import yaml
+
+from perflow_diffusers.flow import METHODS
+
+from .data.options import SOURCES, DataError, DataOptions
 
 
 class ConfigError(ValueError):
@@ -11,77 +19,124 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(DataOptions):
     # what is accelerated, and where the result goes
     pretrained_model_name_or_path: str = ""  # folder or Hub id of the teacher, a diffusers pipeline
+    revision: str | None = None  # of the teacher on the Hub
+    variant: str | None = None  # of the teacher's files, for example fp16
     output_dir: str = "perflow-out"  # EMA student in output_dir/unet, delta in output_dir/perflow.safetensors
     seed: int = 0
-    # captions and pictures
-    train_captions: str = ""  # text file, one caption a line, or parquet with a `caption` column
-    train_images: bool = False  # the parquet's `image` column feeds starting points from noised data
-    caption_dropout: float = 0.1  # share of empty captions
     # PeRFlow: windows, parameterisation, teacher
     prediction_type: str = "ddim_eps"  # ddim_eps, diff_eps or velocity
     num_time_windows: int = 4
     window_boundaries: list[int] | None = None  # explicit N = b0 > ... > bK = 0 instead of equal windows
-    solver: str = "dpmpp_2m"  # ddim, dpmpp_2m or heun
-    solver_steps: int = 6  # per window
-    guidance_scale: float | None = None  # None: CFG-sync (unguided solve, guidance at sampling); 7.5: guided solve
+    solver: str = "dpmpp_2m"  # ddim, dpmpp_2m, deis or heun
+    solver_steps: int = 4  # per window
+    solver_spacing: str = "log_snr"  # log_snr or time: equal steps of what (the paper: ddim, 8 steps of time)
+    guidance_scale: float | list[float] | None = None  # null: CFG-sync; 7.5: guided solve; [5, 9]: drawn a trajectory
+    caption_dropout: float = 0.1  # share of empty captions
+    rescale_betas_zero_snr: bool = False  # the schedule rescaled to zero terminal SNR (velocity only)
     # starting points and training points
-    data_starts: float = 0.0  # share of solved windows that start on noised data; the rest on teacher trajectories
-    solve_batch_size: int = 64  # trajectories solved at once
-    buffer_size: int = 4096  # solved windows kept
+    data_starts: float = 0.0  # share of solves that start on noised pictures (the paper: 1); the rest on trajectories
+    zero_snr: bool = False  # noised pictures in the first window are replaced by pure noise, as sampling starts
+    solve_batch_size: int = 64  # trajectories that a process solves at once
+    buffer_size: int = 4096  # solved windows that a process keeps
     reuse: int = 4  # times each solved window is trained on before it is replaced (1 = the paper)
     timestep_starts: float = 0.0  # share of training timesteps on window starts
     timestep_grid: float = 0.0  # share on the grid of 2 steps a window; the rest is uniform inside the window
+    discrete_timesteps: int = 0  # puts the uniform ones on a grid of so many points over all windows; 0: all timesteps
     # loss
     loss: str = "l2"  # l2 or pseudo_huber
     huber_c: float = 0.03
-    window_weights: str | list[float] = "equal"  # equal, measured, or one number a window
+    window_weights: str | list[float] = "equal"  # equal, measured, or one number a window, noisy end first
+    reweighting_scheme: str = "none"  # none, reciprocal: 1 / max(1 - t, 0.1) / 2.3, rcp_win: window start / its mean
+    # what is trained
+    lora_rank: int = 0  # 0: all weights; otherwise a LoRA of this rank
+    lora_alpha: float = 0.0  # 0: the rank
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: [
+            "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+            "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+        ]
+    )  # fmt: skip
     # optimisation; names as in diffusers' training scripts
     max_train_steps: int = 1000
-    train_batch_size: int = 64
+    train_batch_size: int = 64  # training points that a process takes at once
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 5e-4
     lr_warmup_steps: int = 100
-    lr_scheduler: str = "cosine"
+    lr_scheduler: str = "cosine"  # a name of diffusers.optimization.get_scheduler
+    adam_beta1: float = 0.9
     adam_beta2: float = 0.99
     adam_weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
+    use_8bit_adam: bool = False  # optimiser state in 8 bits; needs bitsandbytes and a GPU
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
-    mixed_precision: str = "no"
-    torch_compile: bool = False
+    # speed and memory
+    mixed_precision: str = "no"  # no, fp16 or bf16; the teacher is kept in it, the student's weights stay float32
+    allow_tf32: bool = False
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False  # teacher and student
+    # checkpoints
+    checkpointing_steps: int = 0  # 0: only at SIGTERM
+    checkpoints_total_limit: int | None = None  # older ones are deleted
+    resume_from_checkpoint: str | None = None  # latest, or the folder of a checkpoint
+    # what is watched
+    logging_steps: int = 50
+    report_to: str = "none"  # none, tensorboard, wandb, or several with commas; output_dir/log.jsonl is always written
+    tracker_project_name: str = "perflow"
+    divergence_steps: int = 500  # a loss above its start for so many steps ends the run; 0: never
+    divergence_factor: float = 1.25  # how far above
+    validation_steps: int = 0  # 0: no validation pictures
+    validation_prompts: list[str] = field(default_factory=list)
+    validation_samplings: list[list[float]] = field(
+        default_factory=lambda: [[4.0, 4.5], [8.0, 7.5]]
+    )  # pairs of steps and guidance; without guidance: 1
+    validation_teacher_steps: int = 25
     # what travels with the weights
     recommended_steps: list[int] = field(default_factory=lambda: [4, 8])
-    logging_steps: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self)
 
     def to_dict(self) -> dict:
         return asdict(self)
 
+    @property
+    def window_count(self) -> int:
+        """K."""
+        return self.num_time_windows if self.window_boundaries is None else len(self.window_boundaries) - 1
+
 
 CHOICES = {
     "prediction_type": ("ddim_eps", "diff_eps", "velocity"),
-    "solver": ("ddim", "dpmpp_2m", "heun"),
+    "solver": tuple(METHODS),
+    "solver_spacing": ("log_snr", "time"),
     "loss": ("l2", "pseudo_huber"),
+    "reweighting_scheme": ("none", "reciprocal", "rcp_win"),
     "mixed_precision": ("no", "fp16", "bf16"),
 }
-SHARES = ("caption_dropout", "data_starts", "timestep_starts", "timestep_grid")
+SHARES = ("caption_dropout", "data_starts", "timestep_starts", "timestep_grid", "lora_dropout")
 AT_LEAST_ONE = (
-    "num_time_windows",
-    "solver_steps",
-    "solve_batch_size",
-    "buffer_size",
-    "reuse",
-    "max_train_steps",
-    "train_batch_size",
-)
+    "num_time_windows", "solver_steps", "solve_batch_size", "buffer_size", "reuse", "max_train_steps",
+    "train_batch_size", "gradient_accumulation_steps", "logging_steps", "validation_teacher_steps",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "learning_rate", "lr_warmup_steps", "lora_rank", "lora_alpha", "discrete_timesteps", "checkpointing_steps",
+    "divergence_steps", "validation_steps",
+)  # fmt: skip
+TRACKERS = ("tensorboard", "wandb")
 
 
-def load_config(path: str | Path | None, overrides: list[str] = ()) -> TrainingConfig:
+def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> TrainingConfig:
     """The options of a YAML file, then `name=value` overrides (values in YAML), all checked.
 
     Raises ConfigError naming the option, its value and what it can be.
     """
-    values = {}
+    values: dict = {}
     if path is not None:
         values = yaml.safe_load(Path(path).read_text()) or {}
         if not isinstance(values, dict):
@@ -91,28 +146,61 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> TrainingC
         if not equals:
             raise ConfigError(f"Override {word!r} is not of the form name=value, for example max_train_steps=200.")
         values[name] = yaml.safe_load(value)
+    return ready(config_of(values))
+
+
+def config_of(values: dict) -> TrainingConfig:
+    """A config of plain values, for example those of a checkpoint's config.json. Raises ConfigError."""
     known = {option.name: option for option in fields(TrainingConfig)}
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ConfigError(f"Unknown option {', '.join(unknown)}. The options are: {', '.join(known)}.")
-    return check(TrainingConfig(**{name: _cast(name, value) for name, value in values.items()}))
+    hints = typing.get_type_hints(TrainingConfig)
+    try:
+        return TrainingConfig(**{name: _cast(name, value, hints[name]) for name, value in values.items()})
+    except DataError as error:
+        raise ConfigError(str(error)) from error
 
 
-def _cast(name: str, value):
-    """YAML reads 5e-4 as text and 1 as an integer: floats are made floats here."""
-    default = getattr(TrainingConfig, name, None)
-    if isinstance(default, float) and isinstance(value, (int, str)) and not isinstance(value, bool):
+def ready(config: TrainingConfig) -> TrainingConfig:
+    """The config itself, or ConfigError for an option that a run cannot do without."""
+    if not config.pretrained_model_name_or_path:
+        raise ConfigError(
+            "`pretrained_model_name_or_path` is not set. Give it in the YAML file or as "
+            "pretrained_model_name_or_path=... on the command line."
+        )
+    if not any(getattr(config, name) for name in (*SOURCES, "train_cache_dir")):
+        raise ConfigError(
+            "No captions: none of `train_captions`, `train_data_dir`, `dataset_name`, `train_shards` and "
+            "`train_cache_dir` is set. A text file with one caption a line is enough: train_captions=captions.txt."
+        )
+    return config
+
+
+def _cast(name: str, value, hint):
+    """The value as the option's type wants it: YAML reads 5e-4 as text and 1 as an integer."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and (type(None) in kinds or str in kinds):
+        return None if type(None) in kinds else ""  # `name=` is an empty text
+    if isinstance(value, list):
+        wanted = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list]
+        if wanted:
+            return [_cast(name, item, wanted[0]) for item in value]
+    if float in kinds and not isinstance(value, (bool, list, dict)) and value is not None:
         try:
             return float(value)
         except ValueError as error:
-            raise ConfigError(f"`{name}={value!r}` is not a number.") from error
-    if isinstance(default, (bool, int)) and type(value) is not type(default):
-        raise ConfigError(f"`{name}={value!r}` must be of type {type(default).__name__}.")
-    return value
+            if str not in kinds:
+                raise ConfigError(f"`{name}={value!r}` is not a number.") from error
+    plain = tuple(kind for kind in kinds if kind in (bool, int, str))
+    if type(value) in plain:
+        return value
+    expected = " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
+    raise ConfigError(f"`{name}={value!r}` must be of type {expected}.")
 
 
-def check(config: TrainingConfig) -> TrainingConfig:
-    """The config itself, or ConfigError naming the first option that cannot work."""
+def _check(config: TrainingConfig) -> None:
+    """ConfigError naming the first option that cannot work."""
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise ConfigError(f"`{name}={getattr(config, name)!r}` is not one of {', '.join(choices)}.")
@@ -122,21 +210,88 @@ def check(config: TrainingConfig) -> TrainingConfig:
     for name in AT_LEAST_ONE:
         if getattr(config, name) < 1:
             raise ConfigError(f"`{name}={getattr(config, name)}` must be at least 1.")
+    for name in NOT_NEGATIVE:
+        if getattr(config, name) < 0:
+            raise ConfigError(f"`{name}={getattr(config, name)}` must not be negative.")
     if config.timestep_starts + config.timestep_grid > 1:
         raise ConfigError(
             "`timestep_starts` and `timestep_grid` are shares of one whole: their sum must be at most 1."
         )
-    if config.data_starts and not config.train_images:
-        raise ConfigError(f"`data_starts={config.data_starts}` needs pictures: set `train_images=true`.")
-    for name in ("pretrained_model_name_or_path", "train_captions"):
-        if not getattr(config, name):
-            raise ConfigError(f"`{name}` is not set. Give it in the YAML file or as {name}=... on the command line.")
-    windows = config.num_time_windows if config.window_boundaries is None else len(config.window_boundaries) - 1
-    weights = config.window_weights
+    if config.rescale_betas_zero_snr and config.prediction_type != "velocity":
+        raise ConfigError("`rescale_betas_zero_snr` is defined for `prediction_type=velocity` only.")
+    _check_guidance(config)
+    _check_watch(config)
+    weights, windows = config.window_weights, config.window_count
     if isinstance(weights, str) and weights not in ("equal", "measured"):
         raise ConfigError(f"`window_weights={weights!r}` is not equal, measured or a list of {windows} numbers.")
     if isinstance(weights, list) and (len(weights) != windows or min(weights) <= 0):
         raise ConfigError(
             f"`window_weights={weights}` must be {windows} positive numbers, one a window, noisy end first."
         )
-    return config
+
+
+def _check_guidance(config: TrainingConfig) -> None:
+    scale = config.guidance_scale
+    if isinstance(scale, list) and (len(scale) != 2 or not 0 < scale[0] <= scale[1]):
+        raise ConfigError(f"`guidance_scale={scale}` must be a number, null, or two positive ones from low to high.")
+    if isinstance(scale, float) and scale <= 0:
+        raise ConfigError(f"`guidance_scale={scale}` must be positive; null (or 1) solves without guidance.")
+
+
+def _check_watch(config: TrainingConfig) -> None:
+    unknown = [name for name in trackers(config) if name not in TRACKERS]
+    if unknown:
+        raise ConfigError(f"`report_to={config.report_to!r}`: {', '.join(unknown)} is none of {', '.join(TRACKERS)}.")
+    if config.validation_steps and not config.validation_prompts:
+        raise ConfigError("`validation_steps` needs `validation_prompts`, a list of captions.")
+    for pair in config.validation_samplings:
+        if len(pair) != 2 or pair[0] < 1 or pair[0] != int(pair[0]):
+            raise ConfigError(
+                f"`validation_samplings` has {pair}; expected pairs of steps and guidance such as [4, 7.5]."
+            )
+
+
+def trackers(config: TrainingConfig) -> list[str]:
+    """Names of the trackers that `report_to` asks for."""
+    return [name.strip() for name in config.report_to.split(",") if name.strip() not in ("", "none")]
+
+
+def reference() -> str:
+    """configs/reference.yaml: every option with its default and meaning, as the classes' own lines say it."""
+    parts = ["# Every option, its default and its meaning. Written by: python training/train_perflow.py --reference"]
+    for title, owner in (("captions and pictures", DataOptions), ("", TrainingConfig)):
+        own = {option.name: option for option in fields(owner) if option.name in owner.__annotations__}
+        comments = _comments(owner, own)
+        if title:
+            parts.append(f"\n# {title}")
+        for name, option in own.items():
+            heading, meaning = comments[name]
+            parts += [f"\n# {heading}"] * bool(heading)
+            default = option.default if option.default is not MISSING else option.default_factory()
+            text = yaml.safe_dump(default, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+            parts.append(f"{name}: {text}  # {meaning}" if meaning else f"{name}: {text}")
+    return "\n".join(parts) + "\n"
+
+
+def _comments(owner: type, names: typing.Iterable[str]) -> dict[str, tuple[str, str]]:
+    """(heading above, comment behind) of each field in a class's source."""
+    found: dict[str, tuple[str, str]] = dict.fromkeys(names, ("", ""))
+    heading, current = "", ""
+    for line in inspect.getsource(owner).splitlines():
+        field_line = re.match(r"    (\w+): ", line)
+        if line.startswith("    # "):
+            heading = line.strip("# ")
+        elif field_line and field_line[1] in found:
+            current = field_line[1]
+            found[current] = (heading, _behind(line))
+            heading = ""
+        elif line.startswith("    def "):
+            break
+        elif current and _behind(line):
+            found[current] = (found[current][0], _behind(line))
+    return found
+
+
+def _behind(line: str) -> str:
+    comment = line.split("  # ", 1)[1] if "  # " in line else ""
+    return "" if comment.startswith("fmt:") else comment

@@ -1,24 +1,50 @@
 """What the student learns: solved windows of the teacher, points on their chords, the loss and its window weights."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
+from torch import Tensor
 
-from perflow_diffusers.flow import Windows, euler, interpolate, solve, target
+from perflow_diffusers.flow import NoisePath, Windows, euler, interpolate, solve, target
 
 from .backbone import Backbone
 from .buffer import SolvedWindows
+from .conditions import Conditions
 from .config import TrainingConfig
+
+Guidance = float | Tensor | None
+
+
+def windows_of(config: TrainingConfig, num_train_timesteps: int) -> Windows:
+    """The windows that the config asks for."""
+    if config.window_boundaries:
+        return Windows(tuple(config.window_boundaries))
+    return Windows.uniform(config.num_time_windows, num_train_timesteps)
+
+
+def guidance_of(config: TrainingConfig, uniform: Tensor) -> Guidance:
+    """None, the number, or one number of the range for each of `uniform` (B,) in 0..1."""
+    scale = config.guidance_scale
+    if isinstance(scale, list):
+        return scale[0] + (scale[1] - scale[0]) * uniform
+    return None if scale == 1.0 else scale
 
 
 @torch.no_grad()
 def solve_trajectories(
-    teacher: Backbone, windows: Windows, config: TrainingConfig, noise: torch.Tensor, cond, uncond
+    teacher: Backbone,
+    windows: Windows,
+    config: TrainingConfig,
+    noise: Tensor,
+    cond: Conditions,
+    uncond: Conditions,
+    guidance: Guidance = None,
 ) -> SolvedWindows:
     """Every window of the teacher's own trajectories from `noise` (B, C, H, W): each end is the next start."""
-    predict = teacher.guided(uncond, cond, config.guidance_scale)
+    predict = teacher.guided(uncond, cond, guidance)
     z, solved = noise, []
-    for start, end in zip(windows.boundaries[:-1], windows.boundaries[1:], strict=True):
+    for start, end in pairwise(windows.boundaries):
         z_end = _solve(predict, teacher, config, z, start, end)
         solved.append(SolvedWindows(z, z_end, _full(z, start), _full(z, end), cond))
         z = z_end
@@ -27,73 +53,109 @@ def solve_trajectories(
 
 @torch.no_grad()
 def solve_from_data(
-    teacher: Backbone, windows: Windows, config: TrainingConfig, latents: torch.Tensor, noise, cond, uncond
+    teacher: Backbone,
+    windows: Windows,
+    config: TrainingConfig,
+    latents: Tensor,
+    noise: Tensor,
+    number: Tensor,
+    cond: Conditions,
+    uncond: Conditions,
+    guidance: Guidance = None,
 ) -> SolvedWindows:
-    """One random window a sample, started on the noised `latents` (B, C, H, W), as in the paper."""
+    """Window `number` (B,) of each sample, started on the noised `latents` (B, C, H, W), as in the paper."""
     bounds = torch.tensor(windows.boundaries)
-    index = torch.randint(windows.num_windows, (len(latents),))
-    start, end = bounds[index], bounds[index + 1]
+    start, end = bounds[number], bounds[number + 1]
     z = teacher.path.add_noise(latents, noise, start)
-    z_end = _solve(teacher.guided(uncond, cond, config.guidance_scale), teacher, config, z, start, end)
+    if config.zero_snr:
+        first = (start == teacher.path.num_train_timesteps).to(z.device).reshape(-1, 1, 1, 1)
+        z = torch.where(first, noise, z)
+    z_end = _solve(teacher.guided(uncond, cond, guidance), teacher, config, z, start, end)
     return SolvedWindows(z, z_end, start, end, cond)
 
 
-def _solve(predict, teacher: Backbone, config: TrainingConfig, z, start, end) -> torch.Tensor:
+def _solve(predict, teacher: Backbone, config: TrainingConfig, z: Tensor, start, end) -> Tensor:
     return solve(
-        predict, teacher.path, z, start, end, config.solver_steps, method=config.solver, prediction=teacher.prediction
-    )
+        predict, teacher.path, z, start, end, config.solver_steps,
+        method=config.solver, prediction=teacher.prediction, spacing=config.solver_spacing,
+    )  # fmt: skip
 
 
-def _full(z: torch.Tensor, value: int) -> torch.Tensor:
+def _full(z: Tensor, value: int) -> Tensor:
     return torch.full((len(z),), value, dtype=torch.int64)
 
 
-def draw_timesteps(start: torch.Tensor, end: torch.Tensor, starts: float, grid: float) -> torch.Tensor:
-    """(B,) path indices in end+1..start: share `starts` on the start, `grid` on start or middle, the rest uniform."""
+def draw_timesteps(
+    start: Tensor, end: Tensor, uniform: Tensor, starts: float, grid: float, discrete: tuple[int, int] | None = None
+) -> Tensor:
+    """(B,) path indices in end+1..start: share `starts` on the start, `grid` on start or middle, the rest uniform.
+
+    `uniform` (3, B) are numbers in 0..1. `discrete=(n, N)` puts the uniform ones on the next noisier of the n points
+    1, 1 - 1/n, ... of time in N timesteps.
+    """
     length = start - end
-    uniform = start - (torch.rand(len(start)) * length).long()
-    middle = start - length * torch.randint(0, 2, start.shape) // 2
-    choice = torch.rand(len(start))
-    return torch.where(choice < starts, start, torch.where(choice < starts + grid, middle, uniform))
+    anywhere = start - (uniform[0] * length).long()
+    if discrete is not None:
+        points, total = discrete
+        step = torch.div((total - anywhere) * points, total, rounding_mode="floor")
+        anywhere = (total - torch.div(step * total, points, rounding_mode="floor")).minimum(start)
+    middle = start - length * (uniform[1] >= 0.5).long() // 2
+    return torch.where(uniform[2] < starts, start, torch.where(uniform[2] < starts + grid, middle, anywhere))
+
+
+def sample_weights(config: TrainingConfig, windows: Windows, start: Tensor, timestep: Tensor, total: int) -> Tensor:
+    """(B,) weights of the published `reweighting_scheme`; `total` is N."""
+    if config.reweighting_scheme == "reciprocal":
+        return 1 / (1 - timestep / total).clamp(min=0.1) / 2.3
+    if config.reweighting_scheme == "rcp_win":
+        mean = sum(windows.boundaries[:-1]) / windows.num_windows
+        return start / mean
+    return torch.ones(len(start))
 
 
 def student_loss(
     student: Callable,
-    teacher: Backbone,
+    path: NoisePath,
     batch: SolvedWindows,
-    timestep: torch.Tensor,
+    timestep: Tensor,
     config: TrainingConfig,
-    weights: torch.Tensor,
-) -> torch.Tensor:
-    """(B,) weighted losses of the student at points on the chords; `weights` (B,) from `window_weights`."""
+    weights: Tensor,
+) -> Tensor:
+    """(B,) weighted losses of the student at points on the chords; `weights` (B,)."""
     z = interpolate(batch.z_start, batch.z_end, batch.start, batch.end, timestep)
-    wanted = target(teacher.path, config.prediction_type, batch.z_start, batch.z_end, batch.start, batch.end)
+    wanted = target(path, config.prediction_type, batch.z_start, batch.z_end, batch.start, batch.end)
     error = (student(z, timestep, batch.cond).float() - wanted).pow(2).mean((1, 2, 3))
     if config.loss == "pseudo_huber":
         error = (error + config.huber_c**2).sqrt() - config.huber_c
-    return weights * error
+    return weights.to(error.device) * error
 
 
 @torch.no_grad()
-def measure_window_weights(
-    student: Backbone, teacher: Backbone, windows: Windows, config: TrainingConfig, noise, cond, uncond
-) -> torch.Tensor:
-    """(K,) loss weights, mean one: how much a unit of each window's loss costs in the final latent.
+def measure_window_costs(
+    student: Backbone,
+    teacher: Backbone,
+    windows: Windows,
+    config: TrainingConfig,
+    noise: Tensor,
+    cond: Conditions,
+    uncond: Conditions,
+    guidance: Guidance = None,
+) -> Tensor:
+    """(2, K): squared error in the final latent for one student step in window k, and the student's loss at its start.
 
-    The untrained student takes one step through window k of the teacher's trajectory and the teacher goes on exactly;
-    the weight is the squared error this leaves at the end over the student's loss at the window's start.
+    The untrained student takes one step through window k of the teacher's trajectory and the teacher goes on exactly.
+    The ratio of the rows says how much a unit of each window's loss costs in the final latent.
     """
-    exact = solve_trajectories(teacher, windows, config, noise, cond, uncond)
+    exact = solve_trajectories(teacher, windows, config, noise, cond, uncond, guidance)
     count, path = len(noise), teacher.path
-    predict = teacher.guided(uncond, cond, config.guidance_scale)
-    final, weights = exact.z_end[-count:], []
-    for k, (start, end) in enumerate(zip(windows.boundaries[:-1], windows.boundaries[1:], strict=True)):
+    predict = teacher.guided(uncond, cond, guidance)
+    final, costs = exact.z_end[-count:], []
+    for k, (start, end) in enumerate(pairwise(windows.boundaries)):
         part = exact[torch.arange(k * count, (k + 1) * count)]
-        loss = student_loss(student, teacher, part, part.start, config, torch.ones(count)).mean()
-        a, b = euler(path, config.prediction_type, start, end, start, end)
+        loss = student_loss(student, path, part, part.start, config, torch.ones(count)).mean()
+        a, b = (float(c) for c in euler(path, config.prediction_type, start, end, start, end))
         z = a * part.z_start + b * student(part.z_start, part.start, cond)
-        for later, next_end in zip(windows.boundaries[k + 1 : -1], windows.boundaries[k + 2 :], strict=True):
+        for later, next_end in pairwise(windows.boundaries[k + 1 :]):
             z = _solve(predict, teacher, config, z, later, next_end)
-        weights.append((z - final).pow(2).mean() / loss)
-    weights = torch.stack(weights)
-    return weights / weights.mean()
+        costs.append(torch.stack([(z - final).pow(2).mean(), loss]))
+    return torch.stack(costs, dim=1)

@@ -1,0 +1,25 @@
+"""What a training step is given: a caption, a picture, and what SDXL wants to know about its crop."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Example:
+    """One caption and its picture; sizes are (height, width) and the crop is (top, left), as SDXL wants them.
+
+    `image` is (3, H, W) in -1..1, or None where only captions are used. `original_size` is the picture's size before
+    it was resized, `crop_top_left` the corner of the crop in the resized (and mirrored) picture, `target_size` (H, W).
+    """
+
+    caption: str
+    image: torch.Tensor | None
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_size: tuple[int, int]
+
+
+def time_ids(example: Example) -> torch.Tensor:
+    """(6,) float32: original height and width, top, left, target height and width, in SDXL's order."""
+    return torch.tensor([*example.original_size, *example.crop_top_left, *example.target_size], dtype=torch.float32)

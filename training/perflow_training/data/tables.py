@@ -1,0 +1,151 @@
+"""Sources read by the `datasets` library: local tables, saved datasets, the Hub; whole or streamed."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Image, IterableDataset, load_dataset, load_from_disk
+
+from .options import DataError, DataOptions
+from .sources import Record, Source, caption_of, digest
+
+#: endings of files that are tables, and the builder of `datasets` that reads them
+BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+ENDINGS = ", ".join(BUILDERS)
+
+
+def is_table(path: Path) -> bool:
+    return path.suffix.lower() in BUILDERS
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote this folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def table_file(path: Path, options: DataOptions, with_images: bool) -> Source:
+    builder = BUILDERS[path.suffix.lower()]
+    table = load_dataset(builder, data_files=str(path), split="train", streaming=options.dataset_streaming)
+    return _source(table, options, with_images, [builder, path.name, path.stat().st_size])
+
+
+def saved_dataset(folder: Path, options: DataOptions, with_images: bool) -> Source:
+    saved = load_from_disk(str(folder))
+    if isinstance(saved, DatasetDict):
+        if options.dataset_split not in saved:
+            raise DataError(f"`dataset_split={options.dataset_split}` is not one of {', '.join(saved)} in {folder}.")
+        saved = saved[options.dataset_split]
+    return _source(saved, options, with_images, [])
+
+
+def named_dataset(options: DataOptions, with_images: bool) -> Source:
+    """`dataset_name` as `datasets.load_dataset` understands it. Its errors come out as DataError, with its reason."""
+    folder = Path(options.dataset_name)
+    if folder.is_dir() and is_saved(folder):
+        return saved_dataset(folder, options, with_images)
+    try:
+        table = load_dataset(
+            options.dataset_name,
+            options.dataset_config_name,
+            data_files=options.dataset_files,
+            revision=options.dataset_revision,
+            split=options.dataset_split,
+            streaming=options.dataset_streaming,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"`dataset_name={options.dataset_name}` could not be opened: {error}") from error
+    names = ("dataset_name", "dataset_config_name", "dataset_revision", "dataset_split", "dataset_files")
+    return _source(table, options, with_images, [getattr(options, name) for name in names])
+
+
+def _source(table: Dataset | IterableDataset, options: DataOptions, with_images: bool, origin: list) -> Source:
+    columns = table.column_names
+    if columns is None:  # a stream whose columns are known only once it is read
+        columns = list(next(iter(table), {}))
+    caption = next((name for name in (options.caption_column or "caption", "text") if name in columns), None)
+    if caption is None or (options.caption_column and caption != options.caption_column):
+        wanted = options.caption_column or "caption or text"
+        raise DataError(
+            f"The examples have the columns {', '.join(columns)}, and no {wanted}. Set `caption_column` to one of "
+            "them."
+        )
+    image = options.image_column if options.image_column in columns else None
+    if with_images and image is None:
+        raise DataError(
+            f"The examples have the columns {', '.join(columns)}, and no `image_column={options.image_column}`. Set "
+            "it to the one that holds pictures, or train without pictures."
+        )
+    table = table.select_columns([caption, image] if with_images else [caption])
+    if with_images and isinstance((table.features or {}).get(image), Image):
+        table = table.cast_column(image, Image(decode=False))
+    make = StreamedTable if isinstance(table, IterableDataset) else StoredTable
+    return make(table, caption, image if with_images else None, image is not None, origin)
+
+
+class _Table:
+    def __init__(self, table, caption: str, image: str | None, has_images: bool, origin: list):
+        self.table = table
+        self.caption = caption
+        self.image = image
+        self.has_images = has_images
+        self.origin = origin
+
+    def _record(self, row: dict[str, Any], name: str) -> Record:
+        picture = None if self.image is None else row[self.image]
+        if isinstance(picture, dict):
+            path = picture.get("path")
+            name = f"{name} ({path})" if path else name
+            picture = picture.get("bytes") or path
+        if isinstance(picture, str):
+            picture = _bytes_of(picture) if "://" in picture and "::" in picture else Path(picture)
+        return Record(name, caption_of(row, self.caption), picture)
+
+
+def _bytes_of(chained: str) -> bytes:
+    """A file inside a remote archive, in the notation of fsspec that streamed datasets use."""
+    import fsspec
+
+    with fsspec.open(chained, "rb") as file:
+        return file.read()
+
+
+class StoredTable(_Table):
+    """Rows on disk, by number."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._record(self.table[index], f"row {index}")
+
+    def fingerprint(self) -> str:
+        """All captions, their order and, where there are pictures, the bytes of a thousand of them."""
+        if self.image is None:
+            return digest([len(self), *self.table[self.caption]])
+        rows = range(0, len(self), max(1, len(self) // 1000))
+        pictures = (self[index].image for index in rows)
+        return digest(
+            [
+                len(self),
+                *self.table.select_columns([self.caption])[self.caption],
+                *(hashlib.sha256(p).hexdigest() if isinstance(p, bytes) else str(p) for p in pictures),
+            ]
+        )
+
+
+class StreamedTable(_Table):
+    """Rows as they come, from one file (shard) after the other."""
+
+    @property
+    def num_shards(self) -> int:
+        return self.table.num_shards
+
+    def read(self, shard: int, start: int) -> Iterator[Record]:
+        rows = self.table.shard(self.num_shards, shard) if self.num_shards > 1 else self.table
+        for number, row in enumerate(rows.skip(start) if start else rows, start=start):
+            yield self._record(row, f"row {number} of shard {shard}")
+
+    def fingerprint(self) -> str:
+        """Where it comes from and in how many shards: its rows are not read for this."""
+        return digest([*self.origin, self.num_shards])

@@ -1,0 +1,131 @@
+"""What a solve starts from: conditions and data latents, from examples that are encoded here or from a cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from .backbone import Sizes, encode_empty, encode_images, encode_prompts, image_size
+from .conditions import Conditions
+from .config import ConfigError, TrainingConfig
+from .data import DataOptions, Example, open_examples
+from .data.cached import CachedStream
+from .data.encoders import model_identity
+from .draws import Draws
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """`cond` of B rows, the latents' `shape` (C, h, w), and the data's `latents` (B, C, h, w) where they are used."""
+
+    cond: Conditions
+    shape: Shape
+    latents: Tensor | None = None
+
+
+class Feed(Protocol):
+    """Material for one solve after another; `uncond` is one row, the empty prompt."""
+
+    uncond: Conditions
+
+    def draw(self, count: int, number: int, with_latents: bool) -> Material: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+    def describe(self) -> dict[str, float]: ...
+
+    def close(self) -> None: ...
+
+
+class EncodedFeed:
+    """Captions and pictures, encoded by the pipeline when they are needed."""
+
+    def __init__(self, pipe: DiffusionPipeline, config: TrainingConfig, draws: Draws, device: torch.device):
+        height, width = image_size(pipe)
+        if height != width and not config.resolution:
+            raise ConfigError(f"The network draws {height} x {width} pictures: set `resolution` to the shorter side.")
+        self.pipe, self.config, self.draws, self.device = pipe, config, draws, device
+        self.channels = pipe.unet.config.in_channels
+        self.stream = open_examples(
+            DataOptions.of(config).sized(height),
+            seed=config.seed,
+            with_images=config.data_starts > 0,
+            process_index=draws.process_index,
+            num_processes=draws.num_processes,
+        )
+        self.uncond = encode_empty(pipe, device)
+
+    def draw(self, count: int, number: int, with_latents: bool) -> Material:
+        """The next `count` examples as solve `number` needs them."""
+        examples = self.stream.batch(count)
+        cond = encode_prompts(self.pipe, [e.caption for e in examples], _sizes(examples), device=self.device)
+        height, width = examples[0].target_size
+        factor = self.pipe.vae_scale_factor
+        shape = (self.channels, height // factor, width // factor)
+        if not with_latents:
+            return Material(cond, shape)
+        images = torch.stack([example.image for example in examples])
+        noise = self.draws.normal("posterior", number, (count, *shape))
+        return Material(cond, shape, encode_images(self.pipe, images, noise))
+
+    def state_dict(self) -> dict:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.stream.load_state_dict(state)
+
+    def describe(self) -> dict[str, float]:
+        report = self.stream.report
+        return {"missing_captions": report.missing_captions, "corrupt_images": report.corrupt}
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class CachedFeed:
+    """Conditions and latents that training/precompute.py has encoded; neither VAE nor text encoder is needed."""
+
+    def __init__(self, shape: Shape, config: TrainingConfig, draws: Draws, device: torch.device):
+        self.shape, self.device = shape, device
+        self.stream = CachedStream(
+            DataOptions.of(config),
+            seed=config.seed,
+            with_images=config.data_starts > 0,
+            process_index=draws.process_index,
+            num_processes=draws.num_processes,
+            model=model_identity(config.pretrained_model_name_or_path, config.revision),
+        )
+        empty = self.stream.empty_prompt
+        self.uncond = Conditions(empty["prompt_embeds"], empty.get("pooled")).to(device)
+
+    def draw(self, count: int, number: int, with_latents: bool) -> Material:
+        """The next `count` rows of the cache."""
+        batch = self.stream.batch(count)
+        cond = Conditions(batch.prompt_embeds, batch.pooled, batch.add_time_ids).to(self.device)
+        if batch.latents is None:
+            return Material(cond, self.shape)
+        channels, height, width = batch.latents.shape[1:]
+        return Material(cond, (channels, height, width), batch.latents if with_latents else None)
+
+    def state_dict(self) -> dict:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.stream.load_state_dict(state)
+
+    def describe(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+def _sizes(examples: Sequence[Example]) -> list[Sizes]:
+    return [(e.original_size, e.crop_top_left, e.target_size) for e in examples]

@@ -1,0 +1,89 @@
+"""The network that is trained, a copy of the teacher's or its own weights with a LoRA; and its optimiser."""
+
+import copy
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from .config import ConfigError, TrainingConfig
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def lora_config(config: TrainingConfig) -> LoraConfig:
+    """The LoRA that the options ask for, as PEFT describes it; it starts at zero difference."""
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or config.lora_rank,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        init_lora_weights="gaussian",
+    )
+
+
+def build_student(teacher: nn.Module, config: TrainingConfig, *, share: bool = True) -> nn.Module:
+    """A network that computes what `teacher` computes, with the parameters to be trained in float32.
+
+    With a LoRA the frozen weights are the teacher's own tensors (`share`), which halves their memory; False copies
+    them, which sharded training needs.
+    """
+    if config.lora_rank and share:
+        own = {id(tensor): tensor for tensor in [*teacher.parameters(), *teacher.buffers()]}
+        network = copy.deepcopy(teacher, own)
+    else:
+        network = copy.deepcopy(teacher)
+    if config.lora_rank:
+        network.requires_grad_(False)
+        try:
+            network.add_adapter(lora_config(config))
+        except ValueError as error:
+            raise ConfigError(f"`lora_target_modules={config.lora_target_modules}`: {error}") from error
+        cast_training_params([network], dtype=torch.float32)
+    else:
+        network.float().requires_grad_(True)
+    if config.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    return network.train()
+
+
+def trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: tensor for name, tensor in network.named_parameters() if tensor.requires_grad}
+
+
+def load_trained(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copies `weights` into the trained parameters. Raises ConfigError if they belong to another network."""
+    parameters = trained(network)
+    odd = sorted(set(weights) ^ set(parameters))
+    odd += [name for name in set(weights) & set(parameters) if weights[name].shape != parameters[name].shape]
+    if odd:
+        raise ConfigError(
+            f"The checkpoint's weights are not those of this network: {len(odd)} differ, for example {odd[0]}. "
+            "Use the `pretrained_model_name_or_path` and `lora_rank` that it was made with."
+        )
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+
+
+def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters, in 8 bits if asked for."""
+    kind = torch.optim.AdamW
+    if config.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError as error:
+            raise ConfigError(
+                "`use_8bit_adam=true` needs the package bitsandbytes: pip install bitsandbytes, or set it to false."
+            ) from error
+        if not torch.cuda.is_available():
+            raise ConfigError("`use_8bit_adam=true` needs a CUDA GPU. Set it to false here.")
+    return kind(
+        [parameter for parameter in network.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )

@@ -1,0 +1,137 @@
+"""How a student looks while it learns: pictures beside the teacher's, and how straight its windows are."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from perflow_diffusers import PeRFlowScheduler
+from perflow_diffusers.flow import Windows, euler
+
+from .backbone import Backbone, decode_latents, encode_prompts
+from .config import TrainingConfig
+
+MARGIN = 16  # pixels above the columns, for their names
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def straightness(
+    predict: Predict, backbone: Backbone, windows: Windows, prediction_type: str, noise: Tensor, steps: int = 4
+) -> list[float]:
+    """(K,) how much the student's own velocity varies along each window, 0 = a straight line.
+
+    From `noise` (B, C, h, w) the student takes `steps` equal steps a window: the mean square of (velocity - mean
+    velocity of the window) over the mean square of the mean velocity. (Liu et al., arXiv 2209.03003, section 2.2.)
+    """
+    z, scores = noise, []
+    for start, end in pairwise(windows.boundaries):
+        points = [(start * steps - (start - end) * j) // steps for j in range(steps + 1)]
+        velocities = []
+        for now, then in pairwise(points):
+            a, b = (float(c) for c in euler(backbone.path, prediction_type, start, end, now, then))
+            following = a * z + b * predict(z, torch.full((len(z),), now, dtype=torch.int64))
+            velocities.append((following - z) / (then - now))
+            z = following
+        mean = torch.stack(velocities).mean(0)
+        bent = torch.stack([(velocity - mean).pow(2).mean() for velocity in velocities]).mean()
+        scores.append(float(bent / mean.pow(2).mean()))
+    return scores
+
+
+class Validation:
+    """Draws every (steps, guidance) pair of `validation_samplings` beside the teacher, from the same noise.
+
+    A call writes output_dir/validation/step-NNNNNN.png, one row a prompt, hands it to the trackers, and returns the
+    straightness score of each window.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, config: TrainingConfig, windows: Windows, accelerator):
+        self.pipe, self.config, self.windows, self.accelerator = pipe, config, windows, accelerator
+        pipe.set_progress_bar_config(disable=True)
+        shape = (pipe.unet.config.in_channels, *_latent_size(pipe, config))
+        generator = torch.Generator().manual_seed(config.seed + 1)
+        self.noise = torch.randn(len(config.validation_prompts), *shape, generator=generator)
+        self.scheduler = PeRFlowScheduler.from_config(
+            pipe.scheduler.config,
+            prediction_type=config.prediction_type,
+            num_time_windows=windows.num_windows,
+            window_boundaries=list(windows.boundaries) if config.window_boundaries else None,
+            **({"rescale_betas_zero_snr": True} if config.rescale_betas_zero_snr else {}),
+        )
+        self.teacher_column: list[Image.Image] | None = None
+
+    @torch.no_grad()
+    def __call__(self, step: int, student: Backbone) -> dict:
+        config = self.config
+        guidance = max(pair[1] for pair in config.validation_samplings)
+        if self.teacher_column is None:
+            self.teacher_column = self._draw(self.pipe, config.validation_teacher_steps, guidance)
+        components = {**self.pipe.components, "scheduler": self.scheduler}
+        components["unet"] = self.accelerator.unwrap_model(student.network)
+        pipe = type(self.pipe)(**components, **self._flags())
+        pipe.set_progress_bar_config(disable=True)
+        columns = {f"teacher {config.validation_teacher_steps} @ {guidance:g}": self.teacher_column}
+        for steps, scale in config.validation_samplings:
+            columns[f"{int(steps)} @ {scale:g}"] = self._draw(pipe, int(steps), scale)
+        if self.accelerator.is_main_process:
+            grid = picture_grid(columns)
+            folder = Path(config.output_dir) / "validation"
+            folder.mkdir(parents=True, exist_ok=True)
+            grid.save(folder / f"step-{step:06d}.png")
+            self._track(grid, step)
+        return {"straightness": self._straightness(student)}
+
+    def _flags(self) -> dict:
+        return {"requires_safety_checker": False} if "safety_checker" in self.pipe.components else {}
+
+    def _draw(self, pipe: DiffusionPipeline, steps: int, guidance: float) -> list[Image.Image]:
+        pictures = []
+        for prompt, noise in zip(self.config.validation_prompts, self.noise, strict=True):
+            size = {"height": noise.shape[1] * pipe.vae_scale_factor, "width": noise.shape[2] * pipe.vae_scale_factor}
+            latents = noise[None].to(pipe.unet.device, pipe.unet.dtype)
+            call = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent", **size}
+            out = pipe(prompt, latents=latents, **call)
+            # the VAE stays in float32, whatever the networks compute in
+            pictures += pipe.image_processor.postprocess(decode_latents(pipe, out.images), output_type="pil")
+        return pictures
+
+    def _straightness(self, student: Backbone) -> list[float]:
+        device = self.accelerator.device
+        cond = encode_prompts(self.pipe, self.config.validation_prompts, device=device)
+        predict = student.guided(cond, cond, None)
+        return straightness(predict, student, self.windows, self.config.prediction_type, self.noise.to(device))
+
+    def _track(self, grid: Image.Image, step: int) -> None:
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                picture = np.asarray(grid)[None]
+                if tracker.name == "wandb":
+                    tracker.log_images({"validation": [grid]}, step=step)
+                else:
+                    tracker.log_images({"validation": picture}, step=step, dataformats="NHWC")
+
+
+def picture_grid(columns: dict[str, list[Image.Image]]) -> Image.Image:
+    """One picture of all: a column a name, a row a prompt."""
+    width, height = next(iter(columns.values()))[0].size
+    rows = len(next(iter(columns.values())))
+    grid = Image.new("RGB", (width * len(columns), MARGIN + height * rows), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (name, pictures) in enumerate(columns.items()):
+        draw.text((i * width + 2, 2), name, fill="black")
+        for j, picture in enumerate(pictures):
+            grid.paste(picture, (i * width, MARGIN + j * height))
+    return grid
+
+
+def _latent_size(pipe: DiffusionPipeline, config: TrainingConfig) -> tuple[int, int]:
+    if config.resolution:
+        return (config.resolution // pipe.vae_scale_factor,) * 2
+    size = pipe.unet.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)

@@ -1,0 +1,98 @@
+"""Early warnings: what an untrained student should look like, and when a run should not go on."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perflow_diffusers.flow import NoisePath, target
+
+from .backbone import Backbone
+from .buffer import SolvedWindows
+from .config import TrainingConfig
+
+
+class TrainingStopped(RuntimeError):
+    """A run that cannot become good; the message is the diagnosis."""
+
+
+@torch.no_grad()
+def check_start(student: Backbone, teacher: Backbone, batch: SolvedWindows, exact: bool) -> float:
+    """The relative difference of the untrained student's output to the teacher's for the same input.
+
+    Raises TrainingStopped unless it is rounding: below 1e-4, or 5 % where one of them computes in 16 bits (`exact`
+    false).
+    """
+    timestep = batch.start
+    same = Backbone(student.network, student.path, student.prediction, teacher.index_offset, student.dtype)
+    wanted, got = (net(batch.z_start, timestep, batch.cond).float() for net in (teacher, same))
+    difference = float((got - wanted).norm() / wanted.norm())
+    limit = 1e-4 if exact else 0.05
+    if not difference < limit:
+        raise TrainingStopped(
+            f"Before the first step the student's output differs from the teacher's by {difference:.2%}; expected "
+            f"less than {limit:.2%}. The student was not made from this teacher, or a LoRA does not start at zero."
+        )
+    return difference
+
+
+def zero_loss(path: NoisePath, batch: SolvedWindows, config: TrainingConfig) -> Tensor:
+    """(B,) mean squared targets: what a student that always answers zero would lose."""
+    wanted = target(path, config.prediction_type, batch.z_start, batch.z_end, batch.start, batch.end)
+    return wanted.float().pow(2).mean((1, 2, 3))
+
+
+def expectation(config: TrainingConfig, untrained: list[float], zero: list[float]) -> str:
+    """What is printed before the first step: the losses of the untrained student, and how to read them."""
+    shares = [a / b if b else math.nan for a, b in zip(untrained, zero, strict=True)]
+    lines = [
+        "untrained student, loss a window (noisy to clean): " + "  ".join(f"{value:.4g}" for value in untrained),
+        "as a share of answering zero:                      " + "  ".join(f"{value:.2g}" for value in shares),
+    ]
+    if config.prediction_type == "velocity":
+        lines.append("expect: about 1 at first (the teacher does not predict velocities), far below it after warm-up.")
+    else:
+        lines.append("expect: well below 1 from the start, falling within the first few hundred steps.")
+        worst = max((share for share in shares if not math.isnan(share)), default=0.0)
+        if config.loss == "l2" and worst >= 1:
+            lines.append(
+                f"WARNING: {worst:.2g} times worse than answering zero. The teacher's `prediction_type` in its "
+                "scheduler config, or its noise schedule, is probably not the one that it was trained with."
+            )
+    return "\n".join(lines)
+
+
+@dataclass
+class Watch:
+    """Compares the logged losses with those of the untrained student; `above_since` is a step, or None."""
+
+    config: TrainingConfig
+    untrained: list[float]
+    above_since: int | None = None
+
+    def look(self, step: int, losses: list[float], grad_norm: float | None) -> None:
+        """Raises TrainingStopped for losses that are not numbers, and for losses that have been too high for long."""
+        seen = [(now, start) for now, start in zip(losses, self.untrained, strict=True) if now and start]
+        if not all(math.isfinite(now) for now in losses):
+            window = next(i for i, now in enumerate(losses, 1) if not math.isfinite(now))
+            raise TrainingStopped(
+                f"The loss is not finite at step {step}, first in window {window} of {len(losses)} (gradient norm "
+                f"{grad_norm}). Lower `learning_rate`, lengthen `lr_warmup_steps`, or use `mixed_precision` bf16 or "
+                "no; if it happens at the first steps, the teacher's own solve is not finite: look at its dtype."
+            )
+        limit, start = self.config.divergence_steps, sum(start for _, start in seen)
+        if not limit or not start:
+            return
+        ratio = sum(now for now, _ in seen) / start
+        if ratio <= self.config.divergence_factor:
+            self.above_since = None
+            return
+        self.above_since = step if self.above_since is None else self.above_since
+        if step - self.above_since >= limit:
+            raise TrainingStopped(
+                f"The loss has been above {self.config.divergence_factor:g} times that of the untrained student for "
+                f"{step - self.above_since} steps (now {ratio:.3g} times): the student unlearns. Lower "
+                "`learning_rate`, look at the captions and pictures, and check `prediction_type`. "
+                "`divergence_steps=0` goes on anyway."
+            )
