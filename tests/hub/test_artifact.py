@@ -179,3 +179,10 @@ def test_every_header_has_the_key_that_diffusers_and_others_look_for(artifact_fo
     pipe = load_miniature()
     pipe.load_lora_weights(artifact_folder / "pytorch_lora_weights.safetensors")  # without this package
     assert pipe.get_list_adapters() == {"unet": ["default_0"]}
+
+
+def test_it_shows_itself_in_one_line(accelerators):
+    for given in (accelerators["sd"].folder, accelerators["sd"].delta):
+        text = repr(PeRFlowArtifact.from_pretrained(given))
+        assert "ddim_eps, 4 windows, steps 4, guidance 2; base someone/sd; delta>" in text
+        assert len(text) < 300

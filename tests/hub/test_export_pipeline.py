@@ -173,6 +173,16 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(accelerators, tm
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+def test_what_only_this_package_knows_is_not_exported_for_others(tmp_path):
+    from perflow_diffusers.pipelines.wonder3d import tiny_wonder3d
+
+    pipe = tiny_wonder3d()
+    pipe.scheduler = PeRFlowScheduler.from_config(pipe.scheduler.config, prediction_type="diff_eps")
+    with pytest.raises(ArtifactError, match=r"Wonder3DPipeline, UNetMV2DConditionModel would not load.*`pipe\.save"):
+        export_pipeline(pipe, tmp_path / "x")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_hand_made_merge_exports_too_and_replaces_its_own_export(accelerators, tmp_path):
     pipe = make_pipe("sd")
     merge_delta(pipe, accelerators["sd"].delta)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import traceback
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ import torch
 from hub_pipes import make_pipe
 from safetensors.torch import save_file
 
-from perflow_diffusers.hub import ArtifactError, PeRFlowArtifact, PushError, load_perflow, push_perflow, set_scheduler
+from perflow_diffusers.hub import (
+    ArtifactError,
+    PeRFlowArtifact,
+    PushError,
+    describe,
+    load_perflow,
+    pull,
+    push_perflow,
+    set_scheduler,
+)
 from perflow_diffusers.hub.documents import copy_file, read_json, write_text
 
 
@@ -81,12 +91,14 @@ def test_hostile_settings_are_clear_errors_and_touch_nothing(artifact, changes, 
         ('{"format_version": 1, "x": ' + "[" * 5000 + "]" * 5000 + "}", "not usable JSON|nested deeper"),
         ('{"format_version": 1, "x": ' + "[" * 17 + "]" * 17 + "}", "nested deeper than 16"),
         ('{"format_version": 1, "x": ' + "9" * 5000 + "}", "not usable JSON"),
+        ('{"format_version": 1, "a": 1, "a": 2}', "a key stands twice"),
+        ('{"format_version": 1, "recipe": {"b": 1, "b": 1}}', "a key stands twice"),
         ("[1]", "a list, not an object"),
         ("{", "not usable JSON"),
         ("{}", "lacks format_version"),
         ("\0\1\2", "not usable JSON"),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_hostile_json_is_a_clear_error(artifact, text, message):
     with pytest.raises(ArtifactError, match=message):
@@ -145,6 +157,21 @@ def test_hostile_headers_are_clear_errors(accelerators, tmp_path):
         save_file(tensors, path, {**base, **extra})
         with pytest.raises(ArtifactError):
             PeRFlowArtifact.from_header(path)
+
+
+@pytest.mark.parametrize("token", ["hf_secretsecret\n", " hf_secretsecret", "hf_secretsecretä", ""])
+def test_a_token_that_cannot_be_one_is_never_quoted(artifact, token, tmp_path):
+    """The client quotes the header that it cannot send, and with it the token."""
+    for action in (
+        lambda: push_perflow(artifact(), "me/x", token=token),
+        lambda: PeRFlowArtifact.from_pretrained("me/x", token=token),
+        lambda: PeRFlowArtifact.from_pretrained("perflow-sd15-delta", token=token),
+        lambda: describe("me/x", token=token),
+        lambda: pull("me/x", tmp_path / "x", token=token),
+    ):
+        with pytest.raises(ArtifactError, match="`token` has blanks") as caught:
+            action()
+        assert "secret" not in "".join(traceback.format_exception(caught.value))
 
 
 class Exploit:

@@ -4,6 +4,7 @@ import logging
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -24,6 +25,7 @@ from perflow_diffusers import PeRFlowScheduler, load_miniature, merge_delta
 from perflow_diffusers.hub import ArtifactError, PeRFlowArtifact, load_perflow, set_scheduler, unload_perflow
 from perflow_diffusers.hub.adapters import detach
 from perflow_diffusers.weights import MergeError, open_weights
+from perflow_diffusers.weights.convert import convert_lora
 
 
 def by_hand(kind, delta, scale=1.0):
@@ -90,6 +92,69 @@ def test_other_loras_keep_their_weights_scales_and_whether_they_are_active(accel
     add_style(merged, "style", 1)
     merged.set_adapters(["style"], [0.7])
     assert np.abs(draw(merged) - both).max() < 2e-4
+
+
+@pytest.mark.parametrize("state", ["fused", "off"])
+def test_where_an_adapter_would_not_act_on_all_layers_the_lora_is_merged(state, accelerators, bits, records):
+    """PEFT passes over an adapter in a layer that is fused with another one, or switched off."""
+    pipe, plain = make_pipe("sd"), make_pipe("sd")
+    for one in (pipe, plain):
+        add_style(one, "style", 1)
+        one.fuse_lora(adapter_names=["style"]) if state == "fused" else one.disable_lora()
+    before, stock = bits.copy(pipe.unet), draw(pipe)
+    load_perflow(pipe, accelerators["sd"].folder, weights="lora")
+    assert "merged lora x 1 (not attached: " in records[-1][1]
+    merge_delta(plain, accelerators["sd"].delta)
+    plain.scheduler = PeRFlowScheduler.from_config(plain.scheduler.config, prediction_type="ddim_eps")
+    assert np.abs(draw(pipe) - draw(plain)).max() < 2e-4
+    unload_perflow(pipe)
+    assert bits.same(bits.copy(pipe.unet), before) and np.array_equal(draw(pipe), stock)
+
+
+@pytest.mark.parametrize("what", ["pipeline", "peft"])
+def test_a_pipeline_without_loras_and_a_place_without_peft_get_it_merged(what, accelerators, bits, monkeypatch):
+    pipe = make_pipe("sd")
+    before = bits.copy(pipe.unet)
+    owner = pipe
+    if what == "pipeline":  # as StableDiffusionAdapterPipeline, which has no loader of LoRAs
+        owner = SimpleNamespace(unet=pipe.unet, scheduler=pipe.scheduler)
+    else:
+        monkeypatch.setattr("perflow_diffusers.hub.adapters.is_peft_available", lambda: False)
+    load_perflow(owner, accelerators["sd"].folder, weights="lora")
+    assert not getattr(pipe.unet, "peft_config", {})
+    pipe.scheduler = owner.scheduler
+    assert np.abs(draw(pipe) - by_hand("sd", accelerators["sd"].lora)).max() < 1e-5
+    unload_perflow(owner)
+    assert bits.same(bits.copy(pipe.unet), before)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_kohya_file_acts_as_the_delta_it_was_made_of(kind, accelerators, bits, tmp_path):
+    kohya = convert_lora(accelerators[kind].lora, tmp_path / "kohya.safetensors", "kohya")
+    pipe = make_pipe(kind)
+    before = bits.copy(pipe.unet)
+    load_perflow(pipe, kohya)
+    assert pipe.get_list_adapters() == {"unet": ["perflow"]}
+    assert np.abs(draw(pipe) - by_hand(kind, accelerators[kind].delta)).max() < 2e-4
+    unload_perflow(pipe)
+    assert bits.same(bits.copy(pipe.unet), before)
+
+
+def test_a_fused_perflow_is_not_unloaded_in_silence_and_a_deleted_one_leaves_no_wrappers(accelerators, bits):
+    pipe = make_pipe("sd")
+    before = bits.copy(pipe.unet)
+    load_perflow(pipe, accelerators["sd"].folder, weights="lora")
+    ours, attached = pipe.scheduler, bits.copy(pipe.unet)
+    pipe.fuse_lora(adapter_names=["perflow"])
+    fused = bits.copy(pipe.unet)
+    with pytest.raises(ArtifactError, match=r"fused into the weights.*unfuse_lora"):
+        unload_perflow(pipe)
+    assert pipe.scheduler is ours and bits.same(bits.copy(pipe.unet), fused)
+    pipe.unfuse_lora()
+    pipe.unet.load_state_dict(attached)  # unfusing alone restores all but the last bits
+    pipe.delete_adapters("perflow")
+    unload_perflow(pipe)
+    assert bits.same(bits.copy(pipe.unet), before)
 
 
 def test_a_lora_that_is_loaded_later_survives_unloading(accelerators):
@@ -246,6 +311,18 @@ def test_twice_and_never_are_clear_errors(accelerators):
     load_perflow(pipe, accelerators["sd"].folder, weights="lora")
     with pytest.raises(ArtifactError, match="weights='both' is unknown"):
         load_perflow(make_pipe("sd"), accelerators["sd"].folder, weights="both")
+    for wrong in ("all", "none"):  # which other functions know
+        with pytest.raises(ArtifactError, match=f"weights='{wrong}' is unknown"):
+            load_perflow(make_pipe("sd"), accelerators["sd"].folder, weights=wrong)
+    for scale in ("x", float("nan"), None):
+        for weights in ("delta", "lora"):
+            with pytest.raises(ArtifactError, match="not a finite number"):
+                load_perflow(make_pipe("sd"), accelerators["sd"].folder, weights, scale)
+    settings = PeRFlowArtifact.from_header({"prediction_type": "ddim_eps"})
+    with pytest.raises(ArtifactError, match=r"settings only.*with_files"):
+        load_perflow(make_pipe("sd"), settings)
+    with pytest.raises(ArtifactError, match="is empty"):
+        load_perflow(make_pipe("sd"), "")
     with pytest.raises(ArtifactError, match="is a delta, and weights='lora'"):
         load_perflow(make_pipe("sd"), accelerators["sd"].delta, weights="lora")
 
@@ -263,7 +340,7 @@ def test_weights_that_others_changed_are_not_overwritten_unless_forced(accelerat
     assert bits.same(bits.copy(pipe.unet), before)
 
 
-def test_inpainting_takes_the_delta_on_its_noisy_inputs_and_says_why_not_the_lora(accelerators, bits):
+def test_inpainting_takes_delta_and_lora_on_its_noisy_inputs(accelerators, bits, records):
     base = make_pipe("sd")
     unet = UNet2DConditionModel(**{**base.unet.config, "in_channels": 9}).requires_grad_(False)
     weights = dict(base.unet.state_dict())
@@ -276,9 +353,13 @@ def test_inpainting_takes_the_delta_on_its_noisy_inputs_and_says_why_not_the_lor
     load_perflow(pipe, accelerators["sd"].folder)
     delta = open_weights(accelerators["sd"].delta)["conv_in.weight"]
     assert torch.equal(unet.conv_in.weight[:, :4], wide[:, :4] + delta) and not unet.conv_in.weight[:, 4:].any()
+    merged = bits.copy(unet)
     unload_perflow(pipe)
-    with pytest.raises(ArtifactError, match=r"conv_in.*takes the delta"):
-        load_perflow(pipe, accelerators["sd"].folder, weights="lora")
+    load_perflow(pipe, accelerators["sd"].folder, weights="lora")
+    assert "merged lora x 1 (not attached: its first layer has 9 inputs, and the LoRA 4)" in records[-1][1]
+    assert not unet.conv_in.weight[:, 4:].any() and not getattr(unet, "peft_config", {})
+    assert all((weight - merged[name]).abs().max() < 2e-6 for name, weight in unet.state_dict().items())  # full rank
+    unload_perflow(pipe)
     assert bits.same(bits.copy(unet), before)
 
 

@@ -163,6 +163,12 @@ def test_offloading_gives_the_same_pictures(pipe, picture, seeded):
     ("options", "message"),
     [
         ({"output_type": "jpg"}, "`output_type='jpg'`; expected one of pil"),
+        ({"num_inference_steps": 0}, "`num_inference_steps=0`; expected a whole number from 1"),
+        ({"num_inference_steps": -1}, "`num_inference_steps=-1`"),
+        ({"num_inference_steps": 2.5}, r"`num_inference_steps=2.5`"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale=nan`; expected a finite number"),
+        ({"guidance_scale": "3"}, "`guidance_scale='3'`"),
+        ({"image": torch.full((3, 32, 32), float("nan"))}, "values from nan to nan; expected 0 to 1"),
         ({"latents": torch.zeros(6, 4, 8, 8)}, r"expected \(12, 4, 8, 8\)"),
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 pictures"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "names prompt_embeds; expected some of latents"),
@@ -171,7 +177,7 @@ def test_offloading_gives_the_same_pictures(pipe, picture, seeded):
 )
 def test_unusable_arguments_are_refused(pipe, picture, options, message):
     with pytest.raises(ValueError, match=message):
-        pipe(picture, num_inference_steps=1, **options)
+        pipe(**{"image": picture, "num_inference_steps": 1, **options})
 
 
 def test_a_pipeline_without_its_network_says_so(pipe, picture):

@@ -18,26 +18,23 @@ def info(
 ) -> None:
     """Say what weights are and how they are to be used: type, windows, steps, guidance, base, licence, sizes.
 
-    Reads headers only; of a Hub repository no weights are downloaded.
+    Of an artefact, bare weights or a pipeline. Reads headers only; of a Hub repository no weights are downloaded.
 
     Examples:
 
         perflow info perflow.safetensors
+
+        perflow info my-perflow
 
         perflow info perflow-sd15-delta
 
         perflow info someone/perflow-sd15 --json
     """
     from perflow_diffusers.hub import describe
-    from perflow_diffusers.weights import describe_weights, is_local
 
     with failing("info"):
-        if is_local(source):
-            weights = describe_weights(source)
-            typer.echo(json.dumps(weights.to_dict(), indent=2) if as_json else str(weights))
-        else:
-            found = describe(source, revision=revision)
-            typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+        found = describe(source, revision=revision)
+        typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
 
 
 def push(

@@ -1,5 +1,6 @@
 """A LoRA as one more PEFT adapter of a UNet, beside others that stay as they are."""
 
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,20 +10,40 @@ import torch
 from diffusers.utils import is_peft_available
 
 from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.hub.network import live_shapes
+from perflow_diffusers.weights import WeightSource, open_weights
+from perflow_diffusers.weights.convert import convert_lora
+from perflow_diffusers.weights.lora import as_delta
+from perflow_diffusers.weights.lora_layers import lora_layers
 from perflow_diffusers.weights.plan import find_unet
 
 ADAPTER = "perflow"
+_FIRST = "conv_in.weight"
+
+
+def obstacle(pipe: Any, lora: WeightSource) -> str | None:
+    """In words, why a LoRA cannot act as an adapter of this pipeline, though it could be merged; None if it can."""
+    if not is_peft_available():
+        return "PEFT is not installed"
+    if not hasattr(pipe, "load_lora_weights"):
+        return f"{type(pipe).__name__} takes no LoRAs"
+    unet = find_unet(pipe)
+    if any(layer.merged for _, layer in _layers(unet)):  # PEFT then passes over all other adapters of the layer
+        return "other LoRAs are fused into its layers"
+    if any(layer.disable_adapters for _, layer in _layers(unet)):
+        return "its LoRAs are switched off"
+    shapes = live_shapes(unet)
+    wide, narrow = shapes.get(_FIRST, ()), as_delta(lora, shapes).shapes.get(_FIRST, ())
+    if len(wide) == len(narrow) == 4 and wide[1] > narrow[1]:
+        return f"its first layer has {wide[1]} inputs, and the LoRA {narrow[1]}"
+    return None
 
 
 def attach(pipe: Any, path: Path, scale: float) -> None:
     """Load the LoRA in `path` as the adapter "perflow", active beside those that are active now.
 
-    All or nothing. Raises `ArtifactError` if PEFT is missing, the name is taken, or the pipeline takes no LoRAs.
+    All or nothing. Raises `ArtifactError` if the name is taken. See `obstacle` for what has to be so.
     """
-    if not is_peft_available():
-        raise ArtifactError("Attaching a LoRA needs PEFT: pip install peft. Or pass weights='delta', which merges.")
-    if not hasattr(pipe, "load_lora_weights"):
-        raise ArtifactError(f"{type(pipe).__name__} takes no LoRAs. Pass weights='delta', which merges.")
     unet = find_unet(pipe)
     if ADAPTER in getattr(unet, "peft_config", {}):
         raise ArtifactError(
@@ -53,11 +74,29 @@ def attach(pipe: Any, path: Path, scale: float) -> None:
 
 
 def _state(pipe: Any, path: Path) -> tuple[Any, Any, Any]:
-    """State dict, alphas and metadata of a LoRA file, as the pipeline's own loader reads them."""
+    """State dict, alphas and metadata of a LoRA file, as the pipeline's own loader reads its own layout."""
+    if any(layer.prefix for layer in lora_layers(open_weights(path), live_shapes(find_unet(pipe)))):
+        # Our own conversion from kohya's layout: it drops no layer, and keeps alphas and header apart.
+        with tempfile.TemporaryDirectory() as scratch:
+            return _read(pipe, convert_lora(path, Path(scratch, "lora.safetensors"), "diffusers"))
+    return _read(pipe, path)
+
+
+def _read(pipe: Any, path: Path) -> tuple[Any, Any, Any]:
     found = pipe.lora_state_dict(
         str(path.parent), weight_name=path.name, use_safetensors=True, local_files_only=True, return_lora_metadata=True
     )
     return found if len(found) == 3 else (found[0], None, found[1])
+
+
+def check_detachable(pipe: Any) -> None:
+    """Raises `ArtifactError` if the adapter "perflow" is fused: then taking it out would leave its weights there."""
+    unet = find_unet(pipe)
+    if getattr(unet, "peft_config", None) and any(ADAPTER in layer.merged_adapters for _, layer in _layers(unet)):
+        raise ArtifactError(
+            "PeRFlow's LoRA is fused into the weights by `pipe.fuse_lora()`. Call `pipe.unfuse_lora()` first, which "
+            "restores them but for rounding; weights='delta' is the way to merge it that can be undone exactly."
+        )
 
 
 def detach(pipe: Any) -> None:
@@ -67,10 +106,9 @@ def detach(pipe: Any) -> None:
     for name, layer in list(_layers(unet)):
         if ADAPTER in layer.active_adapters:  # otherwise PEFT would activate another one in its place
             layer.set_adapter([other for other in layer.active_adapters if other != ADAPTER], inference_mode=True)
-        if ADAPTER not in _names(layer):
-            continue
-        layer.delete_adapter(ADAPTER)
-        if not _names(layer):
+        if ADAPTER in _names(layer):
+            layer.delete_adapter(ADAPTER)
+        if not _names(layer):  # also where someone else deleted it
             _unwrap(unet, name, layer)
     known = getattr(unet, "peft_config", {})
     known.pop(ADAPTER, None)

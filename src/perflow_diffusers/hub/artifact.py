@@ -18,7 +18,7 @@ from perflow_diffusers.weights.delta import content_hash
 from perflow_diffusers.weights.plan import find_unet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PeRFlowArtifact:
     """A delta or LoRA, how it was trained, and how it is to be used.
 
@@ -42,15 +42,24 @@ class PeRFlowArtifact:
     licence: str | None = None
     t_noise: float | None = None
     t_clean: float | None = None
-    network: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    base_sample: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    noise: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    recipe: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    network: Mapping[str, Any] = field(default_factory=dict)
+    base_sample: Mapping[str, Any] = field(default_factory=dict)
+    noise: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path | WeightSource] = field(default_factory=dict)
     residual: str | None = None
     folder: Path | None = None
     name: str = ""
     version: int = FORMAT_VERSION
+
+    def __repr__(self) -> str:
+        steps = " or ".join(map(str, self.recommended_steps or (self.steps,)))
+        guidance = "" if self.guidance_scale is None else f", guidance {self.guidance_scale:g}"
+        has = ", ".join(self.files) or "no weights"
+        return (
+            f"<PeRFlowArtifact {self.name or 'without a name'}: {self.prediction_type}, {self.num_time_windows} "
+            f"windows, steps {steps}{guidance}; base {self.base_model or 'not said'}; {has}>"
+        )
 
     @property
     def steps(self) -> int:

@@ -42,7 +42,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     if len(text) > MAX_JSON_BYTES:
         raise ArtifactError(f"{where} has {len(text):,} characters; settings have at most {MAX_JSON_BYTES:,}.")
     try:
-        content = json.loads(text, parse_constant=_refuse)
+        content = json.loads(text, parse_constant=_refuse, object_pairs_hook=_once)
         deep = any(depth > _MAX_DEPTH for depth, _ in _walk(content))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{where} is not usable JSON ({error}). Download it again, or ask its author.") from error
@@ -56,6 +56,14 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not a number of JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, unless it says something twice: readers differ in which of the two they take."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return content
 
 
 def _walk(content: Any) -> Iterator[tuple[int, Any]]:

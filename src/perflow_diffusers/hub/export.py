@@ -25,6 +25,7 @@ from perflow_diffusers.weights.lora import as_delta
 
 Form = Literal["plain", "code"]
 
+_PACKAGE = "perflow_diffusers."
 # Keys of our scheduler's configuration that no stock one knows.
 _OURS = ("perflow_type", "num_time_windows", "window_boundaries", "t_noise", "t_clean")
 
@@ -49,7 +50,8 @@ def export_pipeline(
     the repository; loading it asks for `trust_remote_code=True`. `base_model`, `licence`: for the card.
 
     The folder appears when it is complete. Raises `ArtifactError` if it holds anything (`overwrite=True` replaces an
-    earlier export, nothing else), if the pipeline has no `PeRFlowScheduler`, or other LoRAs that are not fused.
+    earlier export, nothing else), if the pipeline has no `PeRFlowScheduler`, other LoRAs that are not fused, or parts
+    that diffusers does not know (Wonder3D).
     """
     target = Path(folder).expanduser()
     if form not in get_args(Form):
@@ -64,6 +66,7 @@ def export_pipeline(
             f"The LoRAs {', '.join(other_adapters(pipe))} are attached, and a saved pipeline cannot carry them. Fuse "
             "them (`pipe.fuse_lora(adapter_names=[...])`, `pipe.delete_adapters(...)`) or delete them first."
         )
+    _check_known_to_diffusers(pipe)
     _check_target(target, overwrite)
     temporary = target.with_name(f".perflow-{secrets.token_hex(4)}.tmp")
     try:
@@ -74,6 +77,17 @@ def export_pipeline(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _check_known_to_diffusers(pipe: Any) -> None:
+    """Raises `ArtifactError` for classes that a place without this package has not."""
+    parts = {name: part for name, part in pipe.components.items() if name != "scheduler"}
+    own = [type(part).__name__ for part in (pipe, *parts.values()) if type(part).__module__.startswith(_PACKAGE)]
+    if own:
+        raise ArtifactError(
+            f"{', '.join(dict.fromkeys(own))} would not load where this package is not. Save it with "
+            "`pipe.save_pretrained(folder)` and load it with its own class."
+        )
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

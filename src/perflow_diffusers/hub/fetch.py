@@ -1,6 +1,7 @@
 """Repositories on the Hub: what they hold, and single files of them in the local cache, checked."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,6 +13,7 @@ from perflow_diffusers.hub.documents import MAX_JSON_BYTES
 from perflow_diffusers.hub.errors import ArtifactError
 
 _MAX_FILES = 10_000
+_PATIENCE = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,37 @@ class Unreachable(ArtifactError):
     """The Hub did not answer; what is in the cache may still do."""
 
 
+def check_token(token: str | bool | None) -> None:
+    """Raises `ArtifactError` for a token that cannot be one, before a client quotes it in an error of its own."""
+    if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
+        raise ArtifactError(
+            "`token` has blanks, line ends or other characters that no token has. Copy it again (strip what was read "
+            "from a file), or leave it out after `hf auth login`."
+        )
+
+
+def check_reachable(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> None:
+    """Ask for a repository once, without the minutes of retries that listings and downloads come with.
+
+    Raises `Unreachable` if nobody answers, `ArtifactError` if the repository does not exist for this user; an answer
+    that asks to come back later is one.
+    """
+    check_token(token)
+    try:
+        hub.HfApi(token=token).model_info(repo_id, revision=revision, timeout=_PATIENCE)
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is None or status in (401, 403, 404):
+            raise explained(error, repo_id, revision) from error
+
+
 def list_repository(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> Repository:
     """What a repository holds at a revision.
 
     Raises `ArtifactError` for a repository that does not exist for this user, `Unreachable` if the Hub does not
     answer.
     """
+    check_reachable(repo_id, revision, token)
     try:
         entries = hub.HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=revision)
         files = [entry for entry in islice(entries, _MAX_FILES) if isinstance(entry, hub.hf_api.RepoFile)]

@@ -8,7 +8,15 @@ from typing import Any
 
 from perflow_diffusers.hub.documents import read_json
 from perflow_diffusers.hub.errors import ArtifactError
-from perflow_diffusers.hub.fetch import Repository, Unreachable, cached_folder, download, list_repository
+from perflow_diffusers.hub.fetch import (
+    Repository,
+    Unreachable,
+    cached_folder,
+    check_reachable,
+    check_token,
+    download,
+    list_repository,
+)
 from perflow_diffusers.hub.settings import checked, from_metadata, from_scheduler
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.locate import SHORT_NAMES, HubSpec
@@ -17,6 +25,7 @@ from perflow_diffusers.weights.published import Published, published
 SETTINGS = "perflow.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 CARD = "README.md"
+INDEX = "model_index.json"
 #: Where the weights of an artefact are, by form.
 WEIGHTS = {"delta": "perflow.safetensors", "lora": "pytorch_lora_weights.safetensors"}
 #: What a user may ask for: one form, the better one that is there, all of them, or the settings alone.
@@ -57,7 +66,10 @@ def find(
         raise ArtifactError(f"weights={weights!r} is unknown. Pass one of {', '.join(CHOICES[:3])}.")
     if not isinstance(source, str | os.PathLike):
         return _bare(open_weights(source), weights)
+    check_token(token)
     text = os.fspath(source)
+    if not text.strip():
+        raise ArtifactError("The name of the artefact is empty. Pass a folder, a file, a short name or a Hub id.")
     path = Path(text).expanduser()
     if path.is_dir():
         folder = path / subfolder if subfolder else path
@@ -79,12 +91,22 @@ def find(
     if entry is not None:
         options["variant"] = variant or entry.variant
         text = entry.repo_id
+        options["local_files_only"] = local_files_only or not _answers(text, revision, token)
     return _bare(open_weights(text, subfolder=subfolder, **options), weights, entry)  # type: ignore[arg-type]
 
 
 def _arguments(entry: Published) -> str:
     """What to pass to `from_pretrained` for a published pipeline."""
     return f"'{entry.repo_id}'" + (f", variant='{entry.variant}'" if entry.variant else "")
+
+
+def _answers(repo_id: str, revision: str | None, token: str | bool | None) -> bool:
+    """Whether the Hub is there; without it, what is in the cache has to do."""
+    try:
+        check_reachable(repo_id, revision, token)
+    except Unreachable:
+        return False
+    return True
 
 
 def _is_repository(text: str) -> bool:
@@ -104,7 +126,7 @@ def _bare(source: WeightSource, wanted: str, entry: Published | None = None) -> 
 def from_folder(folder: Path, wanted: str = "auto", variant: str | None = None) -> Found:
     """Settings and weights of a local folder. Raises `ArtifactError` if they are missing or contradict each other."""
     names = [name for name in (SETTINGS, SCHEDULER) if (folder / name).is_file()]
-    if (folder / "model_index.json").is_file() and SETTINGS not in names:
+    if (folder / INDEX).is_file() and SETTINGS not in names:
         raise ArtifactError(_PIPELINE.format(folder))
     said = documents_of({name: folder / name for name in names})
     named = said.pop("weights", {})
@@ -175,13 +197,13 @@ def _with_headers(name: str, said: dict[str, Any], paths: dict[str, Path], folde
 def _from_hub(
     repo_id: str, wanted: str, revision: str | None, variant: str | None, token: str | bool | None, local: bool
 ) -> Found:
-    if local:
-        return replace(from_folder(cached_folder(repo_id, revision, ConnectionError("local_files_only")), wanted))
     try:
+        if local:
+            raise Unreachable("local_files_only=True")
         repository = list_repository(repo_id, revision, token)
     except Unreachable as error:
-        return replace(from_folder(cached_folder(repo_id, revision, error), wanted), name=repo_id)
-    if "model_index.json" in repository.sizes and SETTINGS not in repository.sizes:
+        return replace(from_folder(cached_folder(repo_id, revision, error), wanted, variant), name=repo_id)
+    if INDEX in repository.sizes and SETTINGS not in repository.sizes:
         raise ArtifactError(_PIPELINE.format(repo_id))
     if not any(name in repository.sizes for name in (SETTINGS, SCHEDULER, *WEIGHTS.values())):
         opened = open_weights(repo_id, revision=revision, variant=variant, token=token)

@@ -1,45 +1,78 @@
 """What an artefact is, without downloading its weights (`describe`), and a copy of it (`pull`)."""
 
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub as hub
 
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
-from perflow_diffusers.hub.documents import check_free, copy_file, inside, plain_name
+from perflow_diffusers.hub.documents import check_free, copy_file, inside, plain_name, read_json
 from perflow_diffusers.hub.errors import ArtifactError
-from perflow_diffusers.hub.fetch import Repository, Unreachable, download, explained, list_repository
-from perflow_diffusers.hub.find import CARD, SCHEDULER, SETTINGS, WEIGHTS, Found, documents_of, fetch_documents
-from perflow_diffusers.hub.settings import from_metadata
+from perflow_diffusers.hub.fetch import (
+    Repository,
+    Unreachable,
+    cached_folder,
+    download,
+    explained,
+    list_repository,
+)
+from perflow_diffusers.hub.find import (
+    CARD,
+    INDEX,
+    SCHEDULER,
+    SETTINGS,
+    WEIGHTS,
+    Found,
+    documents_of,
+    fetch_documents,
+    find,
+)
+from perflow_diffusers.hub.recognise import PIPELINE_SETTINGS, in_configuration
+from perflow_diffusers.hub.settings import from_metadata, from_scheduler
+from perflow_diffusers.weights import WeightsInfo, describe_weights
 from perflow_diffusers.weights.locate import SHORT_NAMES
 from perflow_diffusers.weights.published import Published, published
 
 _MAX_CARD_BYTES = 1 << 20
+_UNET = re.compile(r"unet/[^/]+\.safetensors")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class ArtifactInfo:
-    """What an artefact is: its settings (None for weights that say nothing), sizes in bytes by file, licence."""
+    """What an artefact is: its settings (None for weights that say nothing), sizes in bytes by file, licence.
+
+    `weights`: what each local file of weights holds, by name; `note`: a line for people.
+    """
 
     name: str
     artifact: PeRFlowArtifact | None
     sizes: Mapping[str, int]
     licence: str | None = None
     note: str = ""
+    weights: Mapping[str, WeightsInfo] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON types; `settings` as `perflow.json` has them, None for weights that say nothing."""
+        """The same as JSON types: `settings` as in `perflow.json` but for the sample of the base; what is in
+        the local files under `weights`, and of a single one beside the rest, too."""
         settings = None if self.artifact is None else self.artifact.settings
-        return {"name": self.name, "licence": self.licence, "settings": settings, "sizes": dict(self.sizes)}
+        (settings or {}).pop("base_sample", None)
+        said = {"name": self.name, "licence": self.licence, "settings": settings, "sizes": dict(self.sizes)}
+        weights = {name: info.to_dict() for name, info in self.weights.items()}
+        own = {**next(iter(weights.values()))} if len(weights) == 1 else {}
+        own_settings = own.pop("settings", None)
+        return {**own, **said, "settings": settings or own_settings, **({"weights": weights} if weights else {})}
 
     def __str__(self) -> str:
         lines = [self.name, *([self.note] if self.note else [])]
         said = self.artifact
-        if said is None:
+        if said is None and len(self.weights) == 1:
+            lines += str(next(iter(self.weights.values()))).splitlines()[1:]
+        elif said is None:
             lines.append("says nothing about how its weights were trained")
         else:
             windows = f"{said.num_time_windows}" + (
@@ -59,7 +92,8 @@ class ArtifactInfo:
             }
             lines += [f"  {key:22}{value}" for key, value in rows.items() if value is not None]
         lines.append(f"  {'licence':22}{self.licence or 'not said'}")
-        lines += [f"  {name:46}{size:>16,} bytes" for name, size in sorted(self.sizes.items())]
+        for name, size in sorted(self.sizes.items()):
+            lines.append(f"  {name:46}{size:>16,} bytes{_in_words(self.weights.get(name))}")
         return "\n".join(lines)
 
 
@@ -76,9 +110,9 @@ def describe(source: Any, *, revision: str | None = None, token: str | bool | No
     name = entry.repo_id if entry is not None else text
     try:
         repository = list_repository(name, revision, token)
-    except Unreachable:
+    except Unreachable as error:
         if entry is None:
-            raise
+            return replace(_local(cached_folder(name, revision, error)), name=name)
         return _of_table(entry, {})
     if entry is not None:
         return _of_table(entry, repository.sizes)
@@ -86,12 +120,53 @@ def describe(source: Any, *, revision: str | None = None, token: str | bool | No
 
 
 def _local(source: Any) -> ArtifactInfo:
-    artifact = PeRFlowArtifact.from_pretrained(source, "all")
-    sizes = {}
-    for given in artifact.files.values():
+    if isinstance(source, str | os.PathLike):
+        folder = Path(source).expanduser()
+        if (folder / INDEX).is_file() and not (folder / SETTINGS).is_file():
+            return _local_pipeline(folder)
+    found = find(source, "all")
+    artifact = PeRFlowArtifact.of(found) if "prediction_type" in found.fields else None
+    sizes: dict[str, int] = {}
+    weights: dict[str, WeightsInfo] = {}
+    for given in found.sources.values():
         files = (given,) if isinstance(given, Path) else given.files
         sizes.update({path.name: path.stat().st_size for path in files})
-    return ArtifactInfo(str(source), artifact, sizes, artifact.licence)
+        if len(files) == 1:
+            weights[files[0].name] = describe_weights(files[0])
+    if found.folder is not None and found.fields.get("residual"):
+        residual = found.folder / found.fields["residual"]
+        sizes.update({residual.name: residual.stat().st_size} if residual.is_file() else {})
+    return ArtifactInfo(str(source), artifact, sizes, artifact.licence if artifact else None, weights=weights)
+
+
+def _local_pipeline(folder: Path) -> ArtifactInfo:
+    settings = {name: folder / name for name in (PIPELINE_SETTINGS, SCHEDULER) if (folder / name).is_file()}
+    sizes = {f"unet/{path.name}": path.stat().st_size for path in sorted((folder / "unet").glob("*.safetensors"))}
+    found = _of_pipeline(str(folder), settings, sizes, {"unet": describe_weights(folder)})
+    card = folder / CARD
+    return replace(found, licence=found.licence or (_licence_in(card) if card.is_file() else None))
+
+
+def _of_pipeline(
+    name: str, settings: Mapping[str, Path], sizes: Mapping[str, int], weights: Mapping[str, WeightsInfo]
+) -> ArtifactInfo:
+    """A whole pipeline, whose weights may have PeRFlow in them: an exported one, or an unexported one that says so."""
+    entry = published(Path(name).name) or published(name)
+    said = None if entry is None or entry.form != "pipeline" else PeRFlowArtifact.from_header(entry.metadata)
+    for path in settings.values():
+        config = read_json(path)
+        if said is None and (path.name == PIPELINE_SETTINGS or in_configuration(config)):
+            said = PeRFlowArtifact.of(Found(name, from_scheduler(config, str(path))))
+    what = "a whole pipeline" + (": load it, then `set_scheduler(pipe)`" if said is not None else "")
+    return ArtifactInfo(name, said, sizes, said.licence if said is not None else None, f"  {what}", weights)
+
+
+def _in_words(info: WeightsInfo | None) -> str:
+    """What a file of weights holds, in a line."""
+    if info is None:
+        return ""
+    dtypes = ", ".join(f"{name} ({count})" for name, count in info.dtypes.items())
+    return f"  {info.form} for {info.family}, {info.parameters / 1e6:.2f} M numbers: {dtypes}"
 
 
 def _of_table(entry: Published, sizes: Mapping[str, int]) -> ArtifactInfo:
@@ -105,6 +180,12 @@ def _of_table(entry: Published, sizes: Mapping[str, int]) -> ArtifactInfo:
 
 def _remote(repository: Repository, token: str | bool | None) -> ArtifactInfo:
     paths, pinned = fetch_documents(repository, token)
+    if INDEX in repository.sizes and SETTINGS not in repository.sizes:
+        if PIPELINE_SETTINGS in repository.sizes:
+            paths = {PIPELINE_SETTINGS: download(pinned, PIPELINE_SETTINGS, token), **paths}
+        unet = {name: size for name, size in repository.sizes.items() if _UNET.fullmatch(name)}
+        found = _of_pipeline(repository.repo_id, paths, unet, {})
+        return replace(found, licence=found.licence or _card_licence(pinned, token))
     said = documents_of(paths)
     sizes = {name: size for name, size in repository.sizes.items() if name.endswith(".safetensors")}
     if "prediction_type" not in said:
@@ -129,7 +210,12 @@ def _remote_header(repository: Repository, name: str, token: str | bool | None) 
 def _card_licence(repository: Repository, token: str | bool | None) -> str | None:
     if not 0 < repository.sizes.get(CARD, 0) <= _MAX_CARD_BYTES:
         return None
-    text = download(repository, CARD, token).read_text(encoding="utf-8", errors="replace")
+    return _licence_in(download(repository, CARD, token))
+
+
+def _licence_in(card: Path) -> str | None:
+    with card.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(_MAX_CARD_BYTES)
     found = hub.ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
     return found if isinstance(found, str) else None
 

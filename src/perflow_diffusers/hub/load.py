@@ -1,5 +1,6 @@
 """Everything that an accelerator needs in one call, and back: `load_perflow`, `unload_perflow`, `set_scheduler`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from perflow_diffusers.hub.adapters import attach, detach
+from perflow_diffusers.hub.adapters import attach, check_detachable, detach, obstacle
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.errors import ArtifactError
-from perflow_diffusers.hub.network import live_weights, misfit, relation, shape_misfit
+from perflow_diffusers.hub.network import live_shapes, live_weights, misfit, relation, shape_misfit
 from perflow_diffusers.hub.recognise import published_pipeline, recognised, settings_of
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import MergeHandle, WeightSource, merge_delta, open_weights
@@ -23,6 +24,8 @@ from perflow_diffusers.weights.published import published
 
 logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so that its verbosity applies
 
+#: What a user may ask for.
+FORMS = ("auto", "delta", "lora")
 _ATTRIBUTE = "_perflow_loaded"
 
 
@@ -54,9 +57,11 @@ def load_perflow(
     """Make a pipeline a few-step one: its weights, its scheduler, and what to sample with, all from the artefact.
 
     `source`: a folder, a `.safetensors` file, a Hub id, a short name, or an artefact. `weights`: "delta" is merged
-    into the UNet (see `merge_delta`, also for `backup`), "lora" attached as the adapter "perflow" beside other LoRAs,
-    "auto" the delta if there is one. `scale`: strength of the weights. The scheduler is made from the pipeline's own
-    and the artefact's settings. `revision`, `variant`, `subfolder`, `token`, `local_files_only`: as in diffusers.
+    into the UNet (see `merge_delta`, also for `backup`), "lora" attached as the adapter "perflow" beside other LoRAs
+    (merged, too, where it cannot be: a pipeline without LoRAs, more input channels, other LoRAs fused or switched
+    off), "auto" the delta if there is one. `scale`: strength of the weights. The scheduler is made from the
+    pipeline's own and the artefact's settings. `revision`, `variant`, `subfolder`, `token`, `local_files_only`: as in
+    diffusers.
 
     Returns the artefact: sample with its `steps` and `guidance_scale`. The choice is logged at info level
     (`diffusers.logging.set_verbosity_info()`).
@@ -75,13 +80,15 @@ def load_perflow(
         return vars(pipe)[_ATTRIBUTE].artifact
     where: dict[str, Any] = {"revision": revision, "variant": variant, "subfolder": subfolder}
     where.update(token=token, local_files_only=local_files_only)
+    if weights not in FORMS:
+        raise ArtifactError(f"weights={weights!r} is unknown. Pass one of {', '.join(FORMS)}.")
     given = isinstance(source, PeRFlowArtifact)
     artifact = source if given else PeRFlowArtifact.from_pretrained(source, weights, **where)
     form = _form(artifact, weights)
     if isinstance(source, str) and (source in SHORT_NAMES or published(source) is not None):
         what = "a local path, which wins over the known name" if Path(source).exists() else artifact.name
         logger.info(f"'{source}' is {what}.")
-    return _load(pipe, artifact, form, scale, strict, backup)
+    return _load(pipe, artifact, form, _strength(scale), strict, backup)
 
 
 def _load(
@@ -91,19 +98,21 @@ def _load(
     _check_family(artifact, pipe, unet, strict)
     scheduler = artifact.make_scheduler(pipe.scheduler.config)
     merges: list[MergeHandle] = []
-    attached = False
+    attached, why = False, None
     try:
         if form == "lora":
-            path = artifact.lora_file
-            lora = open_weights(path)
+            lora = open_weights(artifact.files[form])
+            why = obstacle(pipe, lora)
+            form = "lora" if why is None else "merged lora"
+        if form == "lora":
             _check_shapes(artifact, lora, unet)
             residual = _residual(lora, unet)
-            attach(pipe, path, scale)
+            attach(pipe, artifact.lora_file, scale)
             attached = True
             if residual is not None:
                 merges.append(merge_delta(pipe, residual, scale, backup=backup))
         else:
-            merges.append(merge_delta(pipe, artifact.files[form], scale, backup=backup))
+            merges.append(merge_delta(pipe, artifact.files[form.split()[-1]], scale, backup=backup))
         former = pipe.scheduler
         pipe.scheduler = scheduler
     except BaseException:
@@ -113,19 +122,22 @@ def _load(
             merge.undo()
         raise
     vars(pipe)[_ATTRIBUTE] = Loaded(artifact, former, form, scale, tuple(merges))
-    logger.info(_summary(artifact, form, scale, scheduler))
+    note = "" if why is None else f" (not attached: {why})"
+    logger.info(_summary(artifact, f"{form} x {scale:g}{note}", scheduler))
     return artifact
 
 
 def unload_perflow(pipe: Any, *, force: bool = False) -> None:
     """Take out what `load_perflow` did: every bit of the weights, and the former scheduler, are as before.
 
-    Other LoRAs stay as they are. Raises `ArtifactError` if nothing is loaded, `MergeError` if something else changed
-    the weights since (then nothing is changed; `force=True` overwrites it).
+    Other LoRAs stay as they are. Raises `ArtifactError` if nothing is loaded or its LoRA was fused, `MergeError` if
+    something else changed the weights since (then nothing is changed; `force=True` overwrites it).
     """
     state = vars(pipe).get(_ATTRIBUTE)
     if state is None:
         raise ArtifactError("Nothing is loaded into this pipeline by `load_perflow`. Was it loaded into another one?")
+    if state.form == "lora":
+        check_detachable(pipe)
     for merge in reversed(state.merges):
         if merge.active or merge.backup == "none":  # the latter to say that it cannot be undone
             merge.undo(force=force)
@@ -151,7 +163,7 @@ def set_scheduler(pipe: Any, source: Any = None, **where: Any) -> PeRFlowSchedul
     scheduler = artifact.make_scheduler(former.config)
     pipe.scheduler = scheduler
     vars(pipe)[_ATTRIBUTE] = Loaded(artifact, former)
-    logger.info(_summary(artifact, None, 1.0, scheduler))
+    logger.info(_summary(artifact, "weights as they are", scheduler))
     return scheduler
 
 
@@ -171,7 +183,22 @@ def _form(artifact: PeRFlowArtifact, wanted: str) -> str:
     for form in order:
         if form in artifact.files:
             return form
-    raise ArtifactError(f"{artifact.name} has no {' or '.join(order)}. Pass weights='auto'.")
+    has = ", ".join(form for form in FORMS if form in artifact.files)
+    raise ArtifactError(
+        f"{artifact.name} has no {' or '.join(order)}; it has {has or 'settings only'}. "
+        + ("Pass weights='auto'." if has else "Add weights: `artifact.with_files(delta=...)`.")
+    )
+
+
+def _strength(scale: Any) -> float:
+    """The scale as a number; raises `ArtifactError` for anything else."""
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ArtifactError(f"scale={scale!r:.50} is not a finite number. Pass 1.0 for the full strength.")
+    return value
 
 
 def _check_family(artifact: PeRFlowArtifact, pipe: Any, unet: torch.nn.Module, strict: bool) -> None:
@@ -224,12 +251,11 @@ def _scheduler_doubts(artifact: PeRFlowArtifact, config: Mapping[str, Any]) -> l
 
 
 def _check_shapes(artifact: PeRFlowArtifact, lora: WeightSource, unet: torch.nn.Module) -> None:
-    shapes = {name: tuple(weight.shape) for name, weight in live_weights(unet).items()}
+    shapes = live_shapes(unet)
     wrong = shape_misfit(as_delta(lora, shapes), unet)
     if wrong is not None:
         raise ArtifactError(
-            f"{artifact.name} does not fit the UNet: {wrong}. Nothing was changed. Take the LoRA of this family; a "
-            "UNet with other inputs (inpainting) takes the delta."
+            f"{artifact.name} does not fit the UNet: {wrong}. Nothing was changed. Take the LoRA of this family."
         )
 
 
@@ -242,8 +268,7 @@ def _residual(lora: WeightSource, unet: torch.nn.Module) -> WeightSource | None:
     return replace(source, metadata={**source.metadata, "identical": others})
 
 
-def _summary(artifact: PeRFlowArtifact, form: str | None, scale: float, scheduler: PeRFlowScheduler) -> str:
-    what = "weights as they are" if form is None else f"{form} x {scale:g}"
+def _summary(artifact: PeRFlowArtifact, what: str, scheduler: PeRFlowScheduler) -> str:
     guidance = "" if artifact.guidance_scale is None else f", guidance_scale={artifact.guidance_scale:g}"
     steps = " or ".join(map(str, artifact.recommended_steps or (artifact.steps,)))
     return (

@@ -74,6 +74,11 @@ def live_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: state[key] for name, key in names.items()}
 
 
+def live_shapes(unet: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of the same."""
+    return {name: tuple(weight.shape) for name, weight in live_weights(unet).items()}
+
+
 def misfit(given: Mapping[str, Any], unet: torch.nn.Module) -> str | None:
     """In words, how a UNet differs from the signature `given`; None if it does not."""
     have = signature(unet)
@@ -94,7 +99,7 @@ def _same(first: Any, second: Any) -> bool:
 
 def shape_misfit(delta: WeightSource, unet: torch.nn.Module) -> str | None:
     """In words, which tensors of a delta (of canonical names) a UNet has not or in another shape; None if it fits."""
-    have = {name: tuple(weight.shape) for name, weight in live_weights(unet).items()}
+    have = live_shapes(unet)
     unknown = [name for name in delta.shapes if name not in have]
     wrong = [
         f"{name} ({delta.shapes[name]} for {have[name]})"

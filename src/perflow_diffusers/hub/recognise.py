@@ -1,6 +1,7 @@
 """Pipelines that have PeRFlow in their weights already: recognise them, and give them their scheduler."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,15 @@ def recognised(pipe: Any) -> PeRFlowArtifact | None:
     if entry is not None:
         return PeRFlowArtifact.from_header(entry.metadata)
     config = dict(getattr(getattr(pipe, "scheduler", None), "config", {}))
-    if config.get("perflow_type") in PREDICTION_TYPES or config.get("prediction_type") in PREDICTION_TYPES:
+    if in_configuration(config):
         return _of(config, "the pipeline's scheduler configuration")
     return None
+
+
+def in_configuration(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's configuration, of any age, is one for PeRFlow's weights."""
+    kinds = (config.get("perflow_type"), config.get("prediction_type"))
+    return any(isinstance(kind, str) and kind in PREDICTION_TYPES for kind in kinds)
 
 
 def published_pipeline(pipe: Any) -> Published | None:

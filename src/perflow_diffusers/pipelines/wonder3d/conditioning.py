@@ -70,7 +70,7 @@ def _pil(part: Any) -> list[Image.Image]:
         return [part]
     if isinstance(part, Tensor) and part.ndim in (3, 4) and part.shape[-3] in (3, 4) and part.is_floating_point():
         batch = part if part.ndim == 4 else part[None]
-        if batch.numel() and (batch.min() < 0 or batch.max() > 1):
+        if batch.numel() and not (batch.min() >= 0 and batch.max() <= 1):  # so that NaN is refused, too
             raise ValueError(
                 f"`image` is a tensor with values from {batch.min():.3g} to {batch.max():.3g}; expected 0 to 1."
             )

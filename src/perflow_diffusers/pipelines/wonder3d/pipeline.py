@@ -203,7 +203,7 @@ class Wonder3DPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         wanted = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
-        self._check(output_type, wanted)
+        self._check(output_type, wanted, num_inference_steps, guidance_scale)
         self._guidance_scale, self._interrupt = guidance_scale, False
         pictures = square_pictures(image, self.unet.config.sample_size * self.vae_scale_factor)
         tensors = self._conditions(pictures, camera_embeds)
@@ -305,9 +305,13 @@ class Wonder3DPipeline(DiffusionPipeline):
         options = {"eta": eta, "generator": generator}
         return {name: value for name, value in options.items() if name in accepted}
 
-    def _check(self, output_type: str, wanted: list[str]) -> None:
+    def _check(self, output_type: str, wanted: list[str], steps: Any, guidance: Any) -> None:
         if self.unet is None:
             raise ValueError("The pipeline has no UNet. Register one: pipe.register_modules(unet=...).")
+        if not isinstance(steps, int | np.integer) or steps < 1:
+            raise ValueError(f"`num_inference_steps={steps!r}`; expected a whole number from 1.")
+        if not isinstance(guidance, int | float | np.number) or not np.isfinite(guidance):
+            raise ValueError(f"`guidance_scale={guidance!r}`; expected a finite number, 1 for none.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type={output_type!r}`; expected one of {', '.join(OUTPUT_TYPES)}.")
         unknown = [name for name in wanted if name not in self._callback_tensor_inputs]
