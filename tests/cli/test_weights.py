@@ -155,3 +155,25 @@ def test_a_delta_of_another_model_is_refused_before_anything_is_written(folders,
 def test_help_teaches_by_example(command, perflow):
     text = " ".join(perflow(command, "--help").output.split())
     assert f"perflow {command} " in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("convert", "DELTA", "OUT", "--to", "kohya"), "is not a LoRA"),
+        (("convert", "LORA", "OUT", "--to", "int8"), "is a LoRA, which is small already"),
+        (("extract-lora", "DELTA", "OUT", "--energy", "0"), "energy=0.0"),
+        (("merge", "BASE", "DELTA", "OUT", "--scale", "nan"), "not a finite number"),
+        (("merge", "DELTA", "DELTA", "OUT"), "is a delta, not complete weights"),
+    ],
+)
+def test_a_dry_run_fails_where_the_run_would(words, message, delta, folders, perflow, tmp_path):
+    lora, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
+    if "LORA" in words:
+        assert perflow("extract-lora", delta, lora, "--rank", 2).exit_code == 0
+    names = {"BASE": folders[0], "DELTA": delta, "LORA": lora, "OUT": out}
+    words = [names.get(word, word) for word in words]
+    for more in (("--dry-run",), ()):
+        result = perflow(*words, *more)
+        assert result.exit_code == 2 and message in result.output, result.output
+        assert not out.exists()

@@ -1,15 +1,19 @@
 """Exported pipelines load where this package is not, with the same weights and, as code, the same pictures."""
 
 import ast
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from hub_pipes import make_pipe
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from perflow_diffusers import PeRFlowScheduler, load_miniature, merge_delta
@@ -194,3 +198,18 @@ def test_a_hand_made_merge_exports_too_and_replaces_its_own_export(accelerators,
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: mit" in card and "base_model: someone/base" in card and "trust_remote_code=True" in card
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_card_calls_the_pipeline_with_what_it_needs(tmp_path):
+    pipe = load_miniature()
+    load_perflow(pipe, "miniature")
+    controlnet = ControlNetModel.from_unet(pipe.unet)
+    pipe = StableDiffusionControlNetPipeline(**pipe.components, controlnet=controlnet, requires_safety_checker=False)
+    export_pipeline(pipe, tmp_path / "net", licence="apache-2.0")
+    card = ModelCard.load(tmp_path / "net" / "README.md")
+    assert card.data.pipeline_tag == "image-to-image"
+    snippet = re.search(r"```python\n(.*?)```", card.text, re.S).group(1)
+    calls = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]
+    given = next({k.arg for k in call.keywords} for call in calls if getattr(call.func, "id", "") == "pipe")
+    required = {"image", "num_inference_steps", "guidance_scale"}
+    assert required <= given <= set(inspect.signature(pipe.__call__).parameters)

@@ -108,6 +108,18 @@ def test_diffusers_there_and_back(family, tmp_path):
     assert json.loads(old) == json.loads(new)
 
 
+def test_diffusers_loads_kohya_files_that_were_in_its_own_layout(make_unet, unet, tiny_pipeline, tmp_path):
+    """It refuses a file that has both `.alpha` and its own config in the header."""
+    factors = {module: (down, up, 4.0) for module, (down, up, _) in random_factors(unet).items()}
+    kohya = convert_lora(write_diffusers(tmp_path / "d.safetensors", factors), tmp_path / "k.safetensors", "kohya")
+    tiny_pipeline.unet = make_unet()
+    tiny_pipeline.load_lora_weights(tmp_path, weight_name=kohya.name)
+    loaded = tiny_pipeline.unet.state_dict()
+    for module, (down, up, _) in factors.items():
+        assert torch.equal(loaded[f"{module}.lora_A.default_0.weight"], down)
+        assert torch.equal(loaded[f"{module}.lora_B.default_0.weight"], up)
+
+
 def test_diffusers_loads_what_is_converted(make_unet, unet, tiny_pipeline, tmp_path):
     """kohya -> diffusers, every alpha and rank different: the adapter computes what the factors say."""
     factors = random_factors(unet)

@@ -268,3 +268,19 @@ def test_index_is_json_that_diffusers_reads(pair, tmp_path):
         compute_delta(*pair, tmp_path / "d", max_shard_size=50_000)
     with pytest.raises(ValueError, match="max_shard_size=0"):
         compute_delta(*pair, tmp_path / "e", max_shard_size=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "float16", torch.complex64])
+def test_dtypes_that_hold_no_difference(pair, tmp_path, dtype):
+    with pytest.raises(DeltaError, match="cannot hold a difference"):
+        compute_delta(*pair, tmp_path / "delta.safetensors", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_fp8_checkpoints_are_subtracted_in_fp32(make_unet, drop):
+    base = {name: weight.to(torch.float8_e4m3fn) for name, weight in make_unet().state_dict().items()}
+    tuned = make_unet(torch.float16, seed=1).state_dict()
+    delta = compute_delta(base, tuned, drop_identical=drop)
+    for name, value in delta.items():
+        assert torch.equal(value, (tuned[name].float() - base[name].float()).half())

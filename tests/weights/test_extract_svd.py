@@ -66,6 +66,15 @@ def test_many_equal_singular_values(top, jitter):
     assert 1 - 1e-6 <= ratio(matrix, approximate(matrix, 20)) <= 1.005
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+def test_steps_and_clusters_of_singular_values(spread):
+    steps = 2.0 ** -(torch.arange(300) // 24)
+    cluster = torch.where(torch.arange(300) < 40, 5.0, 1.0) * (1 + spread * torch.linspace(1, 0, 300))
+    for values in (steps, cluster):
+        matrix = graded(300, 400, values)
+        assert 1 - 1e-6 <= ratio(matrix, approximate(matrix, 20)) <= 1.005
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_matrix_of_that_rank_is_found(exact):
     matrix = graded(200, 300, torch.ones(8))

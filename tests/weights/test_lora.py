@@ -27,6 +27,7 @@ from perflow_diffusers.weights import (
     set_delta_scale,
     unmerge_delta,
 )
+from perflow_diffusers.weights.convert import convert_lora
 from perflow_diffusers.weights.lora import as_delta, lora_layers
 
 WRITERS = {"diffusers": write_diffusers, "kohya": write_kohya, "peft": write_peft}
@@ -458,3 +459,31 @@ def test_kind_goes_by_the_names_first(factors, delta_file, tmp_path):
 def test_a_lora_is_no_model(unet, factors, tmp_path):
     with pytest.raises(ValueError, match="is a LoRA, not complete weights"):
         compute_delta(unet, write_kohya(tmp_path / "k.safetensors", factors))
+
+
+def test_alpha_of_a_lone_unets_adapter(make_unet, tmp_path):
+    """`unet.save_lora_adapter` writes names and config without the component."""
+    from peft import LoraConfig
+
+    unet, inputs = make_unet(), (torch.randn(1, 4, 8, 8), 500, torch.randn(1, 3, 16))
+    unet.add_adapter(
+        LoraConfig(
+            r=4,
+            lora_alpha=7,
+            target_modules=["to_q", "conv_in"],
+            alpha_pattern={"conv_in": 3},
+            init_lora_weights=False,
+        )
+    )
+    unet.save_lora_adapter(tmp_path / "lora")
+    path = convert_lora(tmp_path / "lora", tmp_path / "with_prefix.safetensors", "diffusers")
+    for source in (tmp_path / "lora", path):
+        merged = make_unet()
+        merge_delta(merged, source)
+        with torch.no_grad():
+            assert torch.allclose(merged(*inputs).sample, unet(*inputs).sample, rtol=1e-4, atol=1e-5)
+    loaded = make_unet()
+    config = json.loads(open_weights(path).metadata["lora_adapter_metadata"])
+    loaded.load_lora_adapter(load_file(path), prefix="unet", metadata=config)
+    with torch.no_grad():
+        assert torch.allclose(loaded(*inputs).sample, unet(*inputs).sample, rtol=1e-4, atol=1e-5)

@@ -229,6 +229,31 @@ def test_ctrl_c_leaves_all_old_or_all_new(make_unet, make_delta, bits, same, mon
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("ordinary_ctrl_c")
+def test_a_programs_own_interrupt_handler_waits_for_the_merge(make_unet, make_delta, bits, same, monkeypatch):
+    """Notebooks and servers replace Python's: an exception from theirs would tear the merge just the same."""
+    unet = make_unet(torch.float16)
+    delta, before, real, seen = make_delta(unet), bits(unet), stack.write_weight, []
+
+    def handler(number, frame):
+        seen.append(same(bits(unet), before))
+        raise RuntimeError("stopped by the program")
+
+    def press(weight, base, terms):
+        if weight is unet.conv_out.weight and not seen:
+            signal.raise_signal(signal.SIGINT)
+        real(weight, base, terms)
+
+    monkeypatch.setattr(stack, "write_weight", press)
+    signal.signal(signal.SIGINT, handler)
+    with pytest.raises(RuntimeError, match="by the program"):
+        merge_delta(unet, delta)
+    assert seen == [False] and signal.getsignal(signal.SIGINT) is handler
+    assert mismatches(bits(unet), expected(before, [(1.0, delta)], torch.float16)) == 0
+    unmerge_delta(unet)
+    assert same(bits(unet), before)
+
+
 def test_failure_without_backup_says_so(unet, delta, monkeypatch):
     def fail(weight, base, terms):
         raise RuntimeError("out of memory")

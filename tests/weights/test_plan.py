@@ -187,3 +187,15 @@ def test_a_complete_model_in_place_of_a_delta(refused, make_unet, unet, tmp_path
     for source in (tmp_path, tuned.state_dict()):
         assert "compute_delta(base, tuned)" in refused(source, "complete weights, not a delta")
     plan_merge(unet, {name: weight * 0 for name, weight in unet.state_dict().items()})
+
+
+def test_state_that_is_no_tensor_is_that_of_a_quantiser(refused, make_unet, delta):
+    """As torch's dynamic quantisation and TransformerEngine leave it in the state dict."""
+
+    class Packing(torch.nn.Linear):
+        def get_extra_state(self):
+            return ("packed", torch.qint8)
+
+    unet = make_unet()
+    unet.time_embedding.linear_1 = Packing(1, 1)
+    refused(delta, "packed by a quantiser", unet)

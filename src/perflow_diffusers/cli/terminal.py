@@ -45,8 +45,3 @@ def check_out(out: Path, force: bool) -> None:
         raise ValueError(f"The folder {out.parent} does not exist. Create it first.")
     if not os.access(out.parent, os.W_OK):
         raise ValueError(f"The folder {out.parent} cannot be written to. Choose another place.")
-
-
-def gigabytes(nbytes: int) -> str:
-    """Bytes for people."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

@@ -6,16 +6,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from perflow_diffusers.cli.terminal import check_out, failing, gigabytes, progress_bar
+from perflow_diffusers.cli.terminal import check_out, failing, progress_bar
 
 Source = Annotated[
     str, typer.Argument(help="A .safetensors file, a model or pipeline folder, a short name or a Hub id.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at OUT.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
-Variant = Annotated[str | None, typer.Option(help="Variant of a model folder or repository, such as fp16.")]
-
 
 StoredDtype = Literal["float16", "bfloat16", "float32"]
 Form = Literal["diffusers", "kohya", "float16", "bfloat16", "int8"]
@@ -151,16 +148,15 @@ def extract_lora(
     """
     import torch
 
-    from perflow_diffusers.weights import extract_lora, open_weights
+    from perflow_diffusers.weights import check_extract, extract_lora
+    from perflow_diffusers.weights.writer import write_text
 
     with failing("extract-lora"):
         check_out(out, force)
         if report is not None:
             check_out(report, force)
         if dry_run:
-            source = open_weights(delta)
-            typer.echo(f"{source.name}: {len(source)} tensors, {gigabytes(source.nbytes)}")
-            typer.echo(f"Dry run: {out} was not written.")
+            typer.echo(f"{check_extract(delta, rank=rank, energy=energy)}\nDry run: {out} was not written.")
             return
         with progress_bar("extract-lora") as progress:
             result = extract_lora(
@@ -175,7 +171,7 @@ def extract_lora(
                 progress=progress,
             )
         if report is not None:
-            report.write_text(json.dumps(result.to_dict(), indent=2))
+            write_text(report, json.dumps(result.to_dict(), indent=2), overwrite=force)
         typer.echo(str(result))
 
 
@@ -197,13 +193,15 @@ def convert(
 
         perflow convert perflow.safetensors perflow-int8.safetensors --to int8
     """
-    from perflow_diffusers.weights import convert_lora, open_weights, shrink_delta
+    from perflow_diffusers.weights import check_convert, check_shrink, convert_lora, shrink_delta
 
     with failing("convert"):
         check_out(out, force)
         if dry_run:
-            opened = open_weights(source)
-            typer.echo(f"{opened.name}: {opened.kind}, {len(opened)} tensors, {gigabytes(opened.nbytes)}")
+            if to == "diffusers" or to == "kohya":
+                typer.echo(check_convert(source, to))
+            else:
+                typer.echo(check_shrink(source, to))
             typer.echo(f"Dry run: {out} was not written.")
         elif to == "diffusers" or to == "kohya":
             typer.echo(f"{convert_lora(source, out, to, overwrite=force)}")

@@ -1,5 +1,6 @@
 """A whole pipeline with the accelerator in its weights, for people without this package: `export_pipeline`."""
 
+import inspect
 import json
 import os
 import secrets
@@ -195,14 +196,43 @@ _DIFFERENCE = {
 }
 
 
+_GIVEN = ("image", "mask_image", "control_image", "video")
+
+
+def _inputs(pipe: Any) -> list[str]:
+    """What the pipeline must be given beside a prompt: a ControlNet's picture, a mask."""
+    known = inspect.signature(pipe.__call__).parameters
+    return [name for name in _GIVEN if name in known]
+
+
+def _task(pipe: Any) -> str:
+    """The Hub's name of what the pipeline does."""
+    if type(pipe).__name__.startswith("AnimateDiff"):
+        return "text-to-video"
+    return "image-to-image" if _inputs(pipe) else "text-to-image"
+
+
+def _call(pipe: Any, steps: int, guidance: float) -> str:
+    """The lines of the snippet that draw, with a picture of the user's for each one that the pipeline asks for."""
+    needs = _inputs(pipe)
+    load = "load_video" if "video" in needs else "load_image"
+    ending = "mp4" if "video" in needs else "png"
+    given = "".join(f'{name}={load}("your-{name}.{ending}"), ' for name in needs)
+    start = f"from diffusers.utils import {load}\n\n" if needs else ""
+    call = f'pipe("a photo of a cat in the snow", {given}num_inference_steps={steps}, guidance_scale={guidance})'
+    if _task(pipe) == "text-to-video":
+        return f'{start}frames = {call}.frames[0]\nframes[0].save("few-steps.gif", save_all=True, append_images=frames[1:])'
+    return f'{start}image = {call}.images[0]\nimage.save("few-steps.png")'
+
+
 def _card(pipe: Any, form: str, name: str, base: Any, artifact: Any, licence: str | None) -> ModelCard:
     steps = artifact.steps if artifact is not None else pipe.scheduler.windows.num_windows
     guidance = artifact.guidance_scale if artifact is not None and artifact.guidance_scale is not None else 1.0
     extra = {"base_model": base, "base_model_relation": "finetune"} if base and base.count("/") == 1 else {}
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["diffusers", "text-to-image", "perflow", "few-step"],
+        pipeline_tag=_task(pipe),
+        tags=["diffusers", _task(pipe), "perflow", "few-step"],
         license=licence or (artifact.licence if artifact is not None else None),
         **extra,
     )
@@ -226,8 +256,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 {lines}
-image = pipe("a photo of a cat in the snow", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
-image.save("few-steps.png")
+{_call(pipe, steps, guidance)}
 ```
 
 {note}"""

@@ -16,12 +16,14 @@ from perflow_diffusers.weights.locate import RESIDUAL_SUFFIX
 from perflow_diffusers.weights.lora import RESIDUAL, open_residual
 from perflow_diffusers.weights.lora_layers import ADAPTER_METADATA, LoraLayer, adapter_metadata, lora_layers
 from perflow_diffusers.weights.source import WeightSource, open_weights
-from perflow_diffusers.weights.writer import Spec, check_target, write_safetensors
+from perflow_diffusers.weights.writer import File, Spec, check_target, write_together
 
 Layout = Literal["diffusers", "kohya"]
 
 #: Header key that remembers what the diffusers layout has no place for, so that the way back restores every bit.
 _SPELLING = "perflow_kohya"
+#: Header key that keeps diffusers' config in a kohya file: under its own key diffusers refuses it beside `.alpha`.
+_CONFIG = "perflow_lora_config"
 _SDXL_WIDTH = 2048
 
 
@@ -39,6 +41,29 @@ def convert_lora(source: Any, out: str | os.PathLike, layout: Layout, *, overwri
     layers that the layout cannot hold; `WeightWriteError` for an `out` that cannot be written. An old file there is
     then intact.
     """
+    given, tensors, header = _converted(source, layout)
+    target = Path(out)
+    check_target(target, given.nbytes, overwrite=overwrite)
+    residual = _residual_file(given, target, header)
+    specs: dict[str, Spec] = {name: spec for name, (spec, _) in tensors.items()}
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, (_, read) in tensors.items():
+            yield name, read()
+
+    write_together([*residual, File(target, specs, stream(), header)], overwrite=overwrite)
+    return target
+
+
+def check_convert(source: Any, layout: Layout) -> str:
+    """One sentence on what `convert_lora(source, out, layout)` would write. Raises what it would raise."""
+    given, tensors, _ = _converted(source, layout)
+    open_residual(given)
+    return f"{given.name} in the layout of {layout}: {len(tensors)} tensors, {given.nbytes / 1e6:.2f} MB"
+
+
+def _converted(source: Any, layout: Layout) -> tuple[WeightSource, "_Tensors", dict[str, str]]:
+    """The source, and the tensors and the header to write."""
     if layout not in get_args(Layout):
         raise WeightSourceError(f"layout={layout!r} is unknown. Pass one of {', '.join(get_args(Layout))}.")
     given = open_weights(source)
@@ -47,18 +72,9 @@ def convert_lora(source: Any, out: str | os.PathLike, layout: Layout, *, overwri
             f"{given.name} is not a LoRA, so there is no layout to convert. Make one of a delta with `extract_lora`."
         )
     layers = lora_layers(given)
-    target = Path(out)
-    check_target(target, given.nbytes, overwrite=overwrite)
     header = {"format": "pt", **given.metadata}
     tensors = _to_kohya(given, layers, header) if layout == "kohya" else _to_diffusers(given, layers, header)
-    _copy_residual(given, target, header, overwrite=overwrite)
-    specs: dict[str, Spec] = {name: spec for name, (spec, _) in tensors.items()}
-
-    def stream() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, (_, read) in tensors.items():
-            yield name, read()
-
-    return write_safetensors(target, specs, stream(), header, overwrite=overwrite)
+    return given, tensors, header
 
 
 #: What a tensor will be, and a function that reads it.
@@ -84,7 +100,10 @@ def _to_diffusers(source: WeightSource, layers: tuple[LoraLayer, ...], header: d
         tensors[f"{name}.lora_B.weight"] = _take(source, layer.up)
     if any(layer.prefix for layer in layers):
         header[_SPELLING] = json.dumps(_spelling(source, layers))
-    if not _says_the_same(source, layers):
+    kept = header.pop(_CONFIG, None)
+    if kept is not None:
+        header.setdefault(ADAPTER_METADATA, kept)
+    if not _says_the_same(source, layers, header):
         config: dict[str, Any] = {}
         for component in lora_names.KOHYA_PREFIXES:
             own = {layer.module: (layer.rank, layer.alpha) for layer in layers if layer.component == component}
@@ -93,9 +112,11 @@ def _to_diffusers(source: WeightSource, layers: tuple[LoraLayer, ...], header: d
     return tensors
 
 
-def _says_the_same(source: WeightSource, layers: tuple[LoraLayer, ...]) -> bool:
+def _says_the_same(source: WeightSource, layers: tuple[LoraLayer, ...], header: Mapping[str, str]) -> bool:
     """Whether the config in the header, alone, gives every layer its alpha, as for a file converted before."""
-    if ADAPTER_METADATA not in source.metadata:
+    if not any(
+        f'"{component}.lora_alpha"' in header.get(ADAPTER_METADATA, "") for component in lora_names.KOHYA_PREFIXES
+    ):
         return False
     read = {name for layer in layers for name in (layer.down, layer.up)}
     bare = WeightSource(
@@ -103,7 +124,7 @@ def _says_the_same(source: WeightSource, layers: tuple[LoraLayer, ...]) -> bool:
         {name: source.shapes[name] for name in read},
         {name: source.dtypes[name] for name in read},
         source.read,
-        source.metadata,
+        header,
     )
     return all(old.alpha == new.alpha for old, new in zip(layers, lora_layers(bare), strict=True))
 
@@ -149,6 +170,8 @@ def _to_kohya(source: WeightSource, layers: tuple[LoraLayer, ...], header: dict[
         if alpha is not None:
             tensors[f"{name}.alpha"] = (tuple(alpha.shape), alpha.dtype), partial(torch.clone, alpha)
     header.pop(_SPELLING, None)
+    if ADAPTER_METADATA in header:
+        header[_CONFIG] = header.pop(ADAPTER_METADATA)
     header.setdefault("ss_network_module", "networks.lora")
     header.setdefault("ss_network_dim", str(Counter(layer.rank for layer in layers).most_common(1)[0][0]))
     header.setdefault("ss_network_alpha", f"{Counter(layer.alpha for layer in layers).most_common(1)[0][0]:g}")
@@ -209,15 +232,14 @@ def _is_sdxl(source: WeightSource, layers: tuple[LoraLayer, ...]) -> bool:
     )
 
 
-def _copy_residual(source: WeightSource, target: Path, header: dict[str, str], *, overwrite: bool) -> None:
-    """The residual under the name that goes with `target`, if the LoRA has one."""
+def _residual_file(source: WeightSource, target: Path, header: dict[str, str]) -> list[File]:
+    """The residual under the name that goes with `target`, if the LoRA has one that is not there already."""
     residual = open_residual(source)
     if not residual:
-        return
+        return []
     path = target.with_name(target.name.removesuffix(".safetensors") + RESIDUAL_SUFFIX)
     header[RESIDUAL] = path.name
     if residual.files == (path,):
-        return
+        return []
     specs = {name: (shape, residual.dtypes[name]) for name, shape in residual.shapes.items()}
-    tensors = ((name, residual[name]) for name in residual)
-    write_safetensors(path, specs, tensors, residual.metadata, overwrite=overwrite)
+    return [File(path, specs, ((name, residual[name]) for name in residual), residual.metadata)]

@@ -60,6 +60,11 @@ def compute_delta(
     Raises `DeltaError` if keys, shapes or numbers do not allow a difference, `WeightSourceError` for what cannot be
     read, `WeightWriteError` for an `out` that cannot be written (all ValueErrors); an old file there is then intact.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise DeltaError(
+            f"dtype={dtype!r} cannot hold a difference. Pass torch.float32, torch.float16 or torch.bfloat16; "
+            "`shrink_delta` makes int8 of the result, with scales."
+        )
     first, names = named_weights(base)
     second, tuned_names = named_weights(tuned)
     _check_pair(first, names, second, tuned_names)
@@ -67,7 +72,7 @@ def compute_delta(
     dropped = _identical(first, second, pairs) if drop_identical else ()
     specs: dict[str, Spec] = {}
     for name, (key, tuned_key) in pairs.items():
-        stored = dtype or torch.promote_types(first.dtypes[key], second.dtypes[tuned_key])
+        stored = dtype or _wider(first.dtypes[key], second.dtypes[tuned_key])
         if name not in dropped:
             specs[name] = (first.shapes[key], stored)
     if not specs:
@@ -139,7 +144,7 @@ class _Differences:
                 self.progress(done, len(self.pairs))
 
     def _difference(self, name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        exact = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
+        exact = torch.promote_types(_wider(old.dtype, new.dtype), torch.float32)
         wide = old.detach().to("cpu", exact)
         difference = new.detach().to("cpu", exact, copy=True).sub_(wide)
         stored = difference.to(self.specs[name][1])
@@ -167,6 +172,11 @@ def named_weights(anything: Any) -> tuple[WeightSource, dict[str, str]]:
         raise DeltaError(
             f"{source.name} is a LoRA, not complete weights. `merge_delta` takes it as it is; for the difference that "
             "it makes, pass a UNet that it is merged into."
+        )
+    if source.kind == "delta":
+        raise DeltaError(
+            f"{source.name} is a delta, not complete weights. Pass the base and the tuned model themselves; "
+            "`merge_delta` and `perflow merge` add a delta to a model."
         )
     if keys.is_original_format(source):
         source = replace(unet_of_single_file(source), name=source.name, files=source.files)
@@ -214,7 +224,14 @@ def _identical(base: WeightSource, tuned: WeightSource, pairs: Mapping[str, tupl
 
 
 def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
-    return bool((old.detach().cpu() == new.detach().cpu()).all())
+    exact = _wider(old.dtype, new.dtype)
+    return bool((old.detach().to("cpu", exact) == new.detach().to("cpu", exact)).all())
+
+
+def _wider(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """The dtype that holds both; fp8, which torch promotes to nothing, counts as fp16."""
+    one, other = (torch.float16 if dtype.itemsize == 1 else dtype for dtype in (first, second))
+    return torch.promote_types(one, other)
 
 
 def _header(

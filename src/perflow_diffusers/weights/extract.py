@@ -15,8 +15,8 @@ from perflow_diffusers.weights.errors import DeltaError, WeightWriteError
 from perflow_diffusers.weights.lora import ADAPTER_METADATA, RESIDUAL, adapter_metadata, as_delta
 from perflow_diffusers.weights.lora_report import LayerReport, LoraReport
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
-from perflow_diffusers.weights.svd import Effort, Wanted, balanced, low_rank, squared_norm
-from perflow_diffusers.weights.writer import Spec, check_target, specs_of, write_safetensors
+from perflow_diffusers.weights.svd import Effort, Wanted, balanced, low_rank, rounding_loss, squared_norm
+from perflow_diffusers.weights.writer import File, Spec, check_target, specs_of, write_together
 
 LORA_FORMAT = "lora-1"
 RESIDUAL_FORMAT = "delta-residual-1"
@@ -27,6 +27,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FLOOR = 1e-6  # of the mean moment: an input that was never on must not make the weights of others infinite
 _PREFIX = "unet"
 _ROWS = 128
+_CLEAR = 1e-2  # of the squared norm: losses above this are known from differences of norms, others are measured
 _OWN_KEYS = ("format", "perflow_format", "dtype", "identical", ADAPTER_METADATA, RESIDUAL)
 
 
@@ -105,6 +106,20 @@ def extract_lora(
     return _report(path, rest_path if specs else None, layers, zero, rest, specs, source.nbytes)
 
 
+def check_extract(delta: Any, *, rank: int | None = None, energy: float | None = None) -> str:
+    """One sentence on what `extract_lora` would make of a delta; reads no tensor. Raises what it can see."""
+    most, _ = _checked_rank(rank, energy)
+    weights = as_delta(open_weights(delta))
+    shapes = [
+        weights.shapes[key] for name, key in _checked_names(weights).items() if _is_carried(name, weights.shapes[key])
+    ]
+    if not shapes:
+        raise DeltaError(f"{weights.name} has no layer that a LoRA could carry.")
+    sides = [(shape[0], torch.Size(shape[1:]).numel()) for shape in shapes]
+    numbers = sum(min(most or rows, rows, columns) * (rows + columns) for rows, columns in sides)
+    return f"{weights.name}: {len(shapes)} layers as a LoRA of at most {numbers / 1e6:.2f} M numbers"
+
+
 @dataclass(frozen=True)
 class _Job:
     """What to do with each layer."""
@@ -169,8 +184,11 @@ def _compute(
 ) -> tuple[dict[str, _Layer], tuple[str, ...], dict[str, float]]:
     """Finished layers, names of layers that are zero, and squared norms of tensors that no LoRA can carry."""
     layers, zero, rest, broken = {}, [], {}, []
+    # One buffer for all: fresh memory for every tensor costs as much time as the conversion.
+    buffer = torch.empty(max(torch.Size(weights.shapes[key]).numel() for key in names.values()))
     for done, (name, key) in enumerate(names.items(), start=1):
-        whole = weights[key].detach().to("cpu", torch.float32)
+        given = weights[key].detach()
+        whole = buffer[: given.numel()].view(given.shape).copy_(given)
         size = squared_norm(whole) if whole.numel() else 0.0
         if not size < float("inf"):
             broken.append(name)
@@ -201,7 +219,11 @@ def _layer(name: str, whole: torch.Tensor, size: float, job: _Job) -> _Layer:
     found = low_rank(weighted, Wanted(min(cap or most, most), energy), job.effort, generator)
     left, right = balanced(found.left, found.right if root is None else _remove(found.right, root))
     up, down = left.to(job.dtype), right.to(job.dtype)
-    lost, weighted_lost = _lost(matrix, up.float(), down.float(), root)
+    lost, weighted_lost = size - found.captured, 0.0
+    if root is None and lost > _CLEAR * size:
+        lost += rounding_loss(left, right, up.float(), down.float())
+    else:
+        lost, weighted_lost = _lost(matrix, up.float(), down.float(), root)
     if not lost < float("inf"):
         raise DeltaError(f"The factors of {name} overflow in {job.dtype}. Pass dtype=torch.float32.")
     weighted_size = size if root is None else squared_norm(weighted)
@@ -294,14 +316,14 @@ def _write(
     stored = next(iter(tensors.values())).dtype
     header = {**taken, "format": "pt", "perflow_format": LORA_FORMAT, "dtype": dtype_name(stored)}
     header[ADAPTER_METADATA] = json.dumps(adapter_metadata(ranks, _PREFIX), indent=2, sort_keys=True)
+    files = []
     if rest:
-        check_target(path, sum(map(_nbytes, [*rest.values(), *specs_of(tensors).values()])), overwrite=overwrite)
         dtypes = ",".join(sorted({dtype_name(dtype) for _, dtype in rest.values()}))
         rest_header = {**taken, "format": "pt", "perflow_format": RESIDUAL_FORMAT, "dtype": dtypes}
         stream = ((name, weights[names[name]]) for name in rest)
-        write_safetensors(rest_path, rest, stream, rest_header, overwrite=overwrite)
+        files.append(File(rest_path, rest, stream, rest_header))
         header[RESIDUAL] = rest_path.name
-    write_safetensors(path, specs_of(tensors), iter(tensors.items()), header, overwrite=overwrite)
+    write_together([*files, File(path, specs_of(tensors), tensors.items(), header)], overwrite=overwrite)
 
 
 def _nbytes(spec: Spec) -> int:

@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from perflow_diffusers.weights.delta import named_weights
-from perflow_diffusers.weights.plan import ConvIn, MergePlan, plan_weights
+from perflow_diffusers.weights.plan import ConvIn, MergePlan, check_addable, checked_scale, plan_weights
 from perflow_diffusers.weights.source import WeightSource
 from perflow_diffusers.weights.stack import write_weight
-from perflow_diffusers.weights.writer import Spec, check_target, write_safetensors, write_text
+from perflow_diffusers.weights.writer import (
+    INDEX_NAME,
+    Spec,
+    check_target,
+    drop_shards,
+    make_folder,
+    write_safetensors,
+    write_text,
+)
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -57,8 +64,10 @@ def merge_files(
 
     Raises `MergeError`, `WeightSourceError` or `WeightWriteError` (all ValueErrors), before anything is written.
     """
+    scale = checked_scale(scale)
     model, names = named_weights(base)
     weights = {name: model[key].detach() for name, key in names.items()}
+    check_addable(weights)
     plan = plan_weights(weights, delta, scale=scale, conv_in=conv_in)
     target = Path(out)
     config = None if target.suffix == ".safetensors" else _config(model, base)
@@ -71,11 +80,14 @@ def merge_files(
     if dry_run:
         return report
     if config is not None:
-        target.mkdir(exist_ok=True)
+        make_folder(target)
+        for other in (target / INDEX_NAME, target / "config.json"):
+            check_target(other, 0, overwrite=overwrite)
     check_target(file, nbytes, overwrite=overwrite)
     write_safetensors(file, specs, _merged(weights, plan, scale, progress), {"format": "pt"}, overwrite=overwrite)
     if config is not None:
         write_text(target / "config.json", json.dumps(config, indent=2) + "\n", overwrite=True)
+        drop_shards(target)  # diffusers would go on loading the shards of an old model beside the new file
     return report
 
 
@@ -99,6 +111,8 @@ def _config(model: WeightSource, base: Any) -> dict[str, Any]:
     if beside and beside[0].is_file():
         return json.loads(beside[0].read_text(encoding="utf-8"))
     if isinstance(base, str) and model.files and not Path(base).exists():
+        from diffusers import UNet2DConditionModel  # takes seconds to import, and is needed here only
+
         return UNet2DConditionModel.load_config(base, subfolder=model.files[0].parent.name)
     raise ValueError(
         f"{model.name} has no config.json beside its weights, which a folder needs. Write a .safetensors file "

@@ -24,6 +24,8 @@ SETTINGS = (
     "base",
     "tuned",
     "base_hash",
+    "base_model",
+    "licence",
     "perflow_residual",
 )
 

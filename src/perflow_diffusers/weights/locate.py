@@ -186,7 +186,7 @@ def _choose(names: list[str], where: str, variant: str | None) -> str:
         matching = [name for name in found if name in plain] or found
         hint = "without a variant"
     if len(matching) == 2 and any(name.endswith(".json") for name in matching):
-        matching = [name for name in matching if not name.endswith(".json")]
+        matching = [name for name in matching if name.endswith(".json")]  # as diffusers prefers
     if len(matching) != 1:
         raise WeightSourceError(
             f"{where} has {len(matching) or 'no'} weights {hint}; it offers {', '.join(found)}. Pass the file itself, "

@@ -189,8 +189,11 @@ def _adapter_configs(source: WeightSource) -> dict[str, dict[str, Any]]:
             return {}
         configs: dict[str, dict[str, Any]] = {component: {} for component in lora_names.KOHYA_PREFIXES}
         for name, value in given.items():
-            component, _, key = name.partition(".")
-            configs.setdefault(component, {})[key] = value
+            component, dot, key = name.partition(".")
+            if dot and component in configs:
+                configs[component][key] = value
+            else:  # `save_lora_adapter` writes the config of a lone UNet, without its name
+                configs["unet"][name] = value
         for config in configs.values():
             config[_PATTERNS] = _compiled(config.get("alpha_pattern") or {})
             float(config.get("lora_alpha") or 0)

@@ -1,6 +1,5 @@
 """Put deltas into a UNet and take them out to the last bit: `merge_delta`, `unmerge_delta`, `set_delta_scale`."""
 
-import math
 import time
 import warnings
 import weakref
@@ -12,7 +11,16 @@ from typing import Any, get_args
 import torch
 
 from perflow_diffusers.weights.errors import MergeError
-from perflow_diffusers.weights.plan import ConvIn, Edit, MergePlan, check_range, find_unet, plan_merge, usable_weights
+from perflow_diffusers.weights.plan import (
+    ConvIn,
+    Edit,
+    MergePlan,
+    check_range,
+    checked_scale,
+    find_unet,
+    plan_merge,
+    usable_weights,
+)
 from perflow_diffusers.weights.stack import (
     Backup,
     Layer,
@@ -162,7 +170,7 @@ def merge_delta(
     begin = time.perf_counter()
     if backup not in get_args(Backup):
         raise MergeError(f"backup={backup!r} is unknown. Pass 'cpu', 'disk' or 'none'.")
-    scale = _checked_scale(scale)
+    scale = checked_scale(scale)
     unet = find_unet(pipe_or_unet)
     plan = plan_merge(unet, source, scale=scale, conv_in=conv_in)
     weights = usable_weights(unet)
@@ -224,16 +232,6 @@ def _check_mergeable(stack: MergeStack) -> None:
         )
 
 
-def _checked_scale(scale: Any) -> float:
-    try:
-        value = float(scale)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise MergeError(f"scale={scale!r} is not a finite number. Pass 1.0 for the full delta, 0.5 for half of it.")
-    return value
-
-
 def _merge_layer(
     stack: MergeStack, plan: MergePlan, scale: float, weights: Mapping[str, torch.Tensor], backup: Backup
 ) -> tuple[int, int]:
@@ -242,10 +240,10 @@ def _merge_layer(
     new = {name: weights[name] for name in names if name not in stack.base}
     saved = save_bits(new, backup)
     layer = Layer(stack.count, plan, scale)
-    stack.count += 1
-    stack.base.update(saved.tensors)
-    stack.saved.append(saved)
     try:
+        stack.count += 1
+        stack.base.update(saved.tensors)
+        stack.saved.append(saved)
         write_layers(stack, [*stack.layers, layer], weights, names)
     finally:
         drop_unused(stack)
@@ -274,7 +272,7 @@ def _undo_last(unet: torch.nn.Module, force: bool) -> None:
 
 def _rescale(unet: torch.nn.Module, number: int | None, scale: Any) -> None:
     stack = stack_of(unet)
-    value = _checked_scale(scale)
+    value = checked_scale(scale)
     weights = usable_weights(unet)
     check_unchanged(stack, weights)
     layers = [replace(layer, scale=value) if layer.number == number else layer for layer in stack.layers]

@@ -85,6 +85,28 @@ def shrink_delta(
     are not finite or overflow fp16; `WeightWriteError` for an `out` that cannot be written. An old file there is then
     intact.
     """
+    given, run = _packing(delta, dtype, progress)
+    source = run.source
+    header = {
+        "format": "pt",
+        **source.metadata,
+        "perflow_format": INT8_FORMAT if dtype == "int8" else DELTA_FORMAT,
+        "dtype": ",".join(sorted({dtype_name(kind) for _, kind in run.specs.values()})),
+    }
+    path = write_safetensors(out, run.specs, iter(run), header, overwrite=overwrite)
+    return ShrinkReport(path, source.name, dtype, given.nbytes, run.nbytes, run.relative_error, run.errors)
+
+
+def check_shrink(delta: Any, dtype: PackedDtype) -> str:
+    """One sentence on what `shrink_delta(delta, out, dtype)` would write; reads no tensor. Raises what it can see."""
+    given, run = _packing(delta, dtype, None)
+    return f"{given.name} as {dtype}: {given.nbytes / 2**20:.1f} -> {run.nbytes / 2**20:.1f} MiB"
+
+
+def _packing(
+    delta: Any, dtype: PackedDtype, progress: Callable[[int, int], None] | None
+) -> tuple[WeightSource, "_Packing"]:
+    """The source as it was given, and what will pack it."""
     if dtype not in get_args(PackedDtype):
         raise DeltaError(f"dtype={dtype!r} is unknown. Pass one of {', '.join(get_args(PackedDtype))}.")
     given = open_weights(delta)
@@ -95,16 +117,7 @@ def shrink_delta(
     wrong = [key for key in names.values() if not source.dtypes[key].is_floating_point]
     if wrong:
         raise DeltaError(f"{source.name} holds tensors that are not floating point: {keys.grouped(wrong)}.")
-    run = _Packing(source, names, dtype, progress)
-    header = {
-        "format": "pt",
-        **source.metadata,
-        "perflow_format": INT8_FORMAT if dtype == "int8" else DELTA_FORMAT,
-        "dtype": ",".join(sorted({dtype_name(kind) for _, kind in run.specs.values()})),
-    }
-    path = write_safetensors(out, run.specs, iter(run), header, overwrite=overwrite)
-    after = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in run.specs.values())
-    return ShrinkReport(path, source.name, dtype, given.nbytes, after, run.relative_error, run.errors)
+    return given, _Packing(source, names, dtype, progress)
 
 
 def quantise(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,6 +167,10 @@ class _Packing:
                 self.specs |= {name: (shape, torch.int8), f"{name}.scale": (shape[:1], torch.float32)}
             else:
                 self.specs[name] = (shape, torch.float16 if given == torch.float16 else torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in self.specs.values())
 
     @property
     def relative_error(self) -> float:

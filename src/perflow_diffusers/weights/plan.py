@@ -1,6 +1,7 @@
 """All that can be wrong with a merge, found before a weight changes: `plan_merge(unet, source) -> MergePlan`."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,6 +72,7 @@ def plan_weights(
     """`plan_merge` for weights that are at hand under their canonical names; errors as there."""
     if conv_in not in ("pad", "skip"):
         raise MergeError(f"conv_in={conv_in!r} is unknown. Pass 'pad' or 'skip'.")
+    scale = checked_scale(scale)
     delta = as_delta(_checked_source(source), {name: tuple(weight.shape) for name, weight in weights.items()})
     names = _checked_names(delta)
     _refuse_complete_weights(delta, names, weights)
@@ -110,7 +112,14 @@ def usable_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
     if collisions:
         raise MergeError(f"Two tensors of the model have one canonical name: {collisions[0]}. Unload one adapter.")
     weights = {name: state[key] for name, key in plain.items()}
+    check_addable(weights)
+    return weights
+
+
+def check_addable(weights: Mapping[str, Any]) -> None:
+    """Refuse (with `MergeError`) weights to which a delta cannot be added in place."""
     checks = (
+        (lambda w: not isinstance(w, torch.Tensor), "packed by a quantiser", _QUANTISED),
         (lambda w: w.is_meta, "offloaded or not loaded (meta tensors)", _OFFLOADED),
         (lambda w: w.dtype.itemsize == 1 and w.is_floating_point(), "stored as fp8 (layerwise casting)", _FP8),
         (lambda w: not w.is_floating_point() or _is_wrapped(w), "quantised or sharded", _QUANTISED),
@@ -119,7 +128,6 @@ def usable_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
         bad = [name for name, weight in weights.items() if is_bad(weight)]
         if bad:
             raise MergeError(f"{len(bad)} weights of the model are {what}, e.g. {bad[0]}. {remedy}")
-    return weights
 
 
 _NORM = "conv_norm_out.weight"
@@ -270,6 +278,17 @@ def _scan(delta: WeightSource, edits: tuple[Edit, ...]) -> tuple[float, str]:
             "damaged, or overflowed when it was stored in fp16: make or download it again."
         )
     return max(peaks.values(), default=0.0), hashlib.sha256(repr(extremes).encode()).hexdigest()
+
+
+def checked_scale(scale: Any) -> float:
+    """A strength as a float; raises `MergeError` if it is not a finite number."""
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise MergeError(f"scale={scale!r} is not a finite number. Pass 1.0 for the full delta, 0.5 for half of it.")
+    return value
 
 
 def check_range(plan: MergePlan, scale: float, weights: Mapping[str, torch.Tensor]) -> None:

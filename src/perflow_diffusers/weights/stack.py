@@ -227,16 +227,22 @@ def _writing(weights: Mapping[str, torch.Tensor]) -> AbstractContextManager:
 
 @contextmanager
 def _interrupts_held() -> Iterator[list[int]]:
-    """Collect Ctrl-C instead of raising it anywhere; raised at the end if the block did not raise it itself."""
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    """Collect Ctrl-C instead of raising it anywhere; raised at the end if the block did not raise it itself.
+
+    A handler of the program's own is called at the end; the block then does not learn of it.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield []
         return
+    usual = handler is signal.default_int_handler
     pressed: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
     try:
-        yield pressed
+        yield pressed if usual else []
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if pressed:
+        signal.signal(signal.SIGINT, handler)
+        if pressed and not usual:
+            handler(signal.SIGINT, None)
+    if pressed and usual:
         raise KeyboardInterrupt

@@ -7,7 +7,7 @@ import torch
 #: Below this share of the squared norm, the tail drowns in the rounding of fp32 squares: float64 takes over.
 _STEEP = 1e-3
 #: A basis is grown until what more of it could gain is this share of the squared error: 1.004 x the optimal error.
-_CONVERGED = 0.0075
+_CONVERGED = 0.007
 _SUDDEN, _SLOWEST = 0.25, 0.9
 #: Relative differences below which eigenvalues count as equal, and a new block as nothing new.
 _EQUAL = _EXHAUSTED = 1e-3
@@ -45,10 +45,14 @@ class Effort:
 
 @dataclass(frozen=True)
 class LowRank:
-    """left (m, r) @ right (r, n), fp32; `bound` is the optimal squared error (Eckart-Young) where it is known."""
+    """left (m, r) @ right (r, n), fp32, a projection of the matrix: the error is orthogonal to it.
+
+    `captured` is its squared norm, `bound` the optimal squared error (Eckart-Young) where it is known.
+    """
 
     left: torch.Tensor
     right: torch.Tensor
+    captured: float
     bound: float | None = None
 
 
@@ -73,7 +77,7 @@ def low_rank(matrix: torch.Tensor, wanted: Wanted, effort: Effort, generator: to
     found = found or _gram(wide, wanted)
     if wide is matrix:
         return found
-    return LowRank(found.right.T, found.left.T, found.bound)
+    return LowRank(found.right.T, found.left.T, found.captured, found.bound)
 
 
 def balanced(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,6 +92,13 @@ def balanced(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, tor
     return left * share, right / share[:, None]
 
 
+def rounding_loss(left: torch.Tensor, right: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> float:
+    """Squared norm of left @ right - up @ down for factors that differ by rounding, without forming a product."""
+    more_left, more_right = left - up, right - down
+    squares = (left.T @ left) * (more_right @ more_right.T) + (more_left.T @ more_left) * (down @ down.T)
+    return (squares + 2 * (left.T @ more_left) * (more_right @ down.T)).double().sum().item()
+
+
 def _gram(wide: torch.Tensor, wanted: Wanted) -> LowRank:
     """Through the eigenvectors of wide @ wide.T (m, m) in float64, m <= n; a few columns are widened at a time."""
     gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64)
@@ -98,7 +109,8 @@ def _gram(wide: torch.Tensor, wanted: Wanted) -> LowRank:
     energies = values.flip(0).clamp_(min=0)
     rank = wanted.choose(energies.cumsum(0), energies.sum().item()) or len(energies)
     left = vectors.flip(1)[:, :rank].float()
-    return LowRank(left, left.T @ wide, energies[rank:].sum().item())
+    right = left.T @ wide
+    return LowRank(left, right, squared_norm(right), energies[rank:].sum().item())
 
 
 def _krylov(wide: torch.Tensor, wanted: Wanted, effort: Effort, generator: torch.Generator) -> LowRank | None:
@@ -125,7 +137,8 @@ def _krylov(wide: torch.Tensor, wanted: Wanted, effort: Effort, generator: torch
         torch.mm(basis[start:used], wide, out=images[start:used])
         cross = images[:used] @ images[start:used].T
         ritz[:used, start:used], ritz[start:used, :used] = cross, cross.T
-        values = torch.linalg.eigvalsh(ritz[:used, :used]).flip(0)
+        square = ritz[:used, :used] if wanted.energy is not None else ritz[:used, :used].float()
+        values = torch.linalg.eigvalsh(square).double().flip(0)
         history.append(values.cumsum(0))
         rank = wanted.choose(history[-1], total)
         if rank is not None and total - history[-1][rank - 1] < _STEEP * total:
@@ -145,7 +158,8 @@ def _krylov(wide: torch.Tensor, wanted: Wanted, effort: Effort, generator: torch
         if torch.linalg.vector_norm(new) < _EXHAUSTED * before:
             return None
     turn = torch.linalg.eigh(ritz[:used, :used])[1].flip(1)[:, :rank].float()
-    return LowRank(basis[:used].T @ turn, turn.T @ images[:used])
+    right = turn.T @ images[:used]
+    return LowRank(basis[:used].T @ turn, right, squared_norm(right))
 
 
 def _has_cluster(values: torch.Tensor, block: int) -> bool:

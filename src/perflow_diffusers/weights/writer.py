@@ -4,8 +4,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +20,19 @@ from perflow_diffusers.weights.source import dtype_name
 #: What a tensor will be, known before it exists: shape and dtype.
 Spec = tuple[tuple[int, ...], torch.dtype]
 Metadata = Mapping[str, str] | Callable[[], Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class File:
+    """What `write_safetensors` writes, as one value."""
+
+    path: Path
+    specs: Mapping[str, Spec]
+    tensors: Iterable[tuple[str, torch.Tensor]]
+    metadata: Mapping[str, str]
+
+
+INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
 
 _SPARE = 4096  # bytes kept free in the header for metadata that is known only at the end
 
@@ -65,6 +80,23 @@ def write_safetensors(
     return target
 
 
+def write_together(files: Sequence[File], *, overwrite: bool = False) -> None:
+    """Write safetensors files of one folder that belong together: all appear, or none, and old ones stay intact.
+
+    Errors as in `write_safetensors`.
+    """
+    folder = files[0].path.parent
+    total = sum(torch.Size(shape).numel() * dtype.itemsize for file in files for shape, dtype in file.specs.values())
+    for file in files:
+        check_target(file.path, total, overwrite=overwrite)
+    with _staging(folder) as staging:
+        for file in files:
+            write_safetensors(staging / file.path.name, file.specs, file.tensors, file.metadata)
+        for file in files:
+            os.replace(staging / file.path.name, file.path)
+        _sync_folder(folder)
+
+
 def write_folder(
     folder: str | os.PathLike,
     specs: Mapping[str, Spec],
@@ -77,33 +109,68 @@ def write_folder(
     """Write shards of at most `max_shard_size` bytes and their index, named as in diffusers; returns the index.
 
     `tensors` must come in the order of `specs`. A tensor larger than `max_shard_size` gets a shard of its own. The
-    metadata stands in the index, which is written last: a reader never sees an incomplete set. Errors as in
+    metadata stands in the index. All is written under temporary names and renamed when it is complete, the index last:
+    if anything fails, an older set in the folder is intact; if not, it is replaced whole. Errors as in
     `write_safetensors`.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(Path(folder))
     shards = _shards(specs, max_shard_size)
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    names = [
+        f"diffusion_pytorch_model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))
+    ]
+    index = folder / INDEX_NAME
     total = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs.values())
     check_target(index, total, overwrite=overwrite)
+    for name in names:
+        check_target(folder / name, 0, overwrite=overwrite)
     stream, weight_map = iter(tensors), {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
-        part = islice(stream, len(shard))
-        write_safetensors(folder / name, shard, part, {"format": "pt"}, overwrite=overwrite)
-        weight_map.update(dict.fromkeys(shard, name))
-    for extra, _ in stream:
-        raise ValueError(f"Got {extra}, which was not announced.")
-    final = metadata() if callable(metadata) else metadata or {}
-    content = {"metadata": {"total_size": total, **final}, "weight_map": weight_map}
-    with _temporary(index) as (temporary, file):
-        file.write(json.dumps(content, indent=2).encode())
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
-        os.replace(temporary, index)
+    with _staging(folder) as staging:  # shards of one set must not come to stand among those of an older one
+        for name, shard in zip(names, shards, strict=True):
+            write_safetensors(staging / name, shard, islice(stream, len(shard)), {"format": "pt"})
+            weight_map.update(dict.fromkeys(shard, name))
+        for extra, _ in stream:
+            raise ValueError(f"Got {extra}, which was not announced.")
+        final = metadata() if callable(metadata) else metadata or {}
+        content = {"metadata": {"total_size": total, **final}, "weight_map": weight_map}
+        write_text(staging / INDEX_NAME, json.dumps(content, indent=2))
+        former = named_shards(folder)
+        for name in (*names, INDEX_NAME):
+            os.replace(staging / name, folder / name)
+        for old in former.difference(names):
+            (folder / old).unlink(missing_ok=True)
         _sync_folder(folder)
     return index
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder and those above it, if need be; raises `WeightWriteError` if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeightWriteError(
+            f"The folder {folder} cannot be made ({error.strerror or error}). Pass another place."
+        ) from error
+    return folder
+
+
+def named_shards(folder: Path) -> set[str]:
+    """Names of the shards that the index of sharded weights in a folder names; empty without a readable index."""
+    index = folder / INDEX_NAME
+    try:
+        shards = (
+            set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    return {str(shard) for shard in shards if Path(str(shard)).name == shard and shard.endswith(".safetensors")}
+
+
+def drop_shards(folder: Path) -> None:
+    """Delete the index of sharded weights in a folder, if there is one, and the shards that it names."""
+    shards = named_shards(folder)
+    (folder / INDEX_NAME).unlink(missing_ok=True)
+    for shard in shards:
+        (folder / shard).unlink(missing_ok=True)
 
 
 def check_target(target: Path, nbytes: int, *, overwrite: bool) -> None:
@@ -151,6 +218,23 @@ def _temporary(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """An empty folder inside `folder` that is gone afterwards."""
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=".perflow-", suffix=".tmp", dir=folder))
+    except OSError as error:
+        raise WeightWriteError(
+            f"{folder} cannot be written to ({error.strerror or error}). Write to a folder where you may."
+        ) from error
+    try:
+        yield staging
+    except WeightWriteError as error:  # told of where the files would have been in the end
+        raise WeightWriteError(str(error).replace(f"{staging.name}{os.sep}", "")) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
