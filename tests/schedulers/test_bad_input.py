@@ -28,6 +28,16 @@ from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
         ({"beta_schedule": "cosine"}, "`beta_schedule='cosine'`"),
         ({"trained_betas": [0.1]}, "`trained_betas` has shape"),
         ({"num_train_timesteps": 0}, "`num_train_timesteps=0`"),
+        ({"num_train_timesteps": 1000.0}, "`num_train_timesteps=1000.0`; expected an integer"),
+        ({"num_time_windows": 4.0}, "`num_time_windows=4.0`; expected an integer"),
+        ({"num_time_windows": "4"}, "`num_time_windows='4'`; expected an integer"),
+        ({"t_noise": 0.5, "t_clean": 0.4999}, "`t_noise=0.5` and `t_clean=0.4999`; .*a timestep .1 of 1000. between"),
+        ({"t_noise": float("nan")}, "`t_noise=nan`"),
+        ({"window_boundaries": 500}, "`window_boundaries=500`"),
+        ({"window_boundaries": [1000, None, 0]}, r"`window_boundaries=\[1000, None, 0\]`"),
+        ({"window_boundaries": [1000, float("nan"), 0]}, r"`window_boundaries=\[1000, nan, 0\]`"),
+        ({"beta_start": -0.001}, "`beta_start=-0.001` and `beta_end=0.012`"),
+        ({"prediction_type": "epsilon", "perflow_type": "eps"}, "`perflow_type='eps'`; expected ddim_eps, diff_eps"),
     ],
 )
 def test_bad_arguments_are_refused(options, words):
@@ -50,6 +60,11 @@ def test_bad_arguments_are_refused(options, words):
         ({"timesteps": [1001, 500]}, "at most 1000"),
         ({"timesteps": [500, 0]}, "more than 0"),
         ({"timesteps": [500.5, 20]}, "strictly falling integers"),
+        ({"timesteps": 1000}, "`timesteps=1000`; expected strictly falling integers"),
+        ({"timesteps": torch.tensor([[1000, 500]])}, "strictly falling integers"),
+        ({"timesteps": [1000, None]}, "strictly falling integers"),
+        ({"timesteps": ["a"]}, "strictly falling integers"),
+        ({"timesteps": [float("nan")]}, "strictly falling integers"),
     ],
 )
 def test_bad_runs_are_refused_and_change_nothing(arguments, words):
@@ -70,6 +85,9 @@ def test_bad_steps_are_refused():
     for t in (999, torch.tensor(999), torch.tensor([1000, 999])):
         with pytest.raises(ValueError, match=r"999.*xpected (one|steps) of"):
             scheduler.step(z, t, z)
+    for t in ([-1, 1000], [1001, 1000], [1000.4, 1000.4], [float("nan"), 1000.0]):
+        with pytest.raises(ValueError, match=r"expected steps of this run"):
+            scheduler.step(z, torch.tensor(t), z)
     for t in scheduler.timesteps:
         scheduler.step(z, t, z)
     with pytest.raises(ValueError, match="All 4 steps are done"):
@@ -77,3 +95,10 @@ def test_bad_steps_are_refused():
     for index in (4, -1):
         with pytest.raises(ValueError, match=rf"`begin_index={index}`.*strength"):
             scheduler.set_begin_index(index)
+
+
+@pytest.mark.parametrize("timesteps", [625.5, torch.tensor([625.0, 0.5]), torch.tensor([float("nan")])])
+def test_noise_is_not_added_at_a_rounded_timestep(timesteps):
+    z = torch.zeros(2, 4, 8, 8)
+    with pytest.raises(ValueError, match="expected integers"):
+        PeRFlowScheduler(prediction_type="ddim_eps").add_noise(z, z, timesteps)

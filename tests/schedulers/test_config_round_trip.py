@@ -3,6 +3,7 @@
 import inspect
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -216,6 +217,13 @@ def test_window_count_follows_the_boundaries():
     assert copy.windows == scheduler.windows
     uniform = PeRFlowScheduler.from_config(scheduler.config, window_boundaries=None)
     assert uniform.windows.boundaries == (1000, 500, 0)
+
+
+def test_boundaries_of_any_sequence_are_saved_as_integers(tmp_path):
+    for i, boundaries in enumerate([(1000.0, 400.0, 0.0), np.array([1000, 400, 0]), torch.tensor([1000, 400, 0])]):
+        PeRFlowScheduler(prediction_type="ddim_eps", window_boundaries=boundaries).save_pretrained(tmp_path / str(i))
+        saved = json.loads((tmp_path / str(i) / "scheduler_config.json").read_text())
+        assert saved["window_boundaries"] == [1000, 400, 0]
 
 
 def test_unused_arguments_are_returned_when_asked_for():

@@ -276,6 +276,49 @@ def test_an_element_of_timesteps_is_recognised_without_being_read(start):
     assert torch.equal(scheduler.step(z, scheduler.timesteps[0], z).prev_sample, numbers)
 
 
+def test_only_unchanged_elements_of_timesteps_are_taken_by_their_address():
+    scheduler = make()
+    z = draw(torch.float32)
+    forms = [
+        lambda t: t.view(torch.int32)[2 * 3],  # little-endian: the lower half of element 3
+        lambda t: t[1::2][1],
+        lambda t: t.clone()[3],
+        lambda t: t.flip(0)[4],
+        lambda t: t[3].expand(1),
+        lambda t: t[3:4].to(torch.float32),
+        lambda t: copy.deepcopy(t)[3],
+    ]
+    for form in forms:
+        scheduler.set_timesteps(8)
+        scheduler.step(z, form(scheduler.timesteps), z)
+        assert scheduler.step_index == 4
+    scheduler.set_timesteps(8)
+    scheduler.timesteps -= 1
+    with pytest.raises(ValueError, match="`timestep=999` is not a step of this run"):
+        scheduler.step(z, scheduler.timesteps[0], z)
+    with torch.inference_mode():
+        scheduler.set_timesteps(8)
+        scheduler.step(z, scheduler.timesteps[3], z)
+        assert scheduler.step_index == 4
+
+
+def test_the_default_device_may_change_between_construction_and_run():
+    scheduler, expected = make(), make()
+    expected.set_timesteps(5)
+    with torch.device("meta"):  # stands for torch.set_default_device("cuda")
+        scheduler.set_timesteps(5, device="cpu")
+    z = draw()
+    for t in expected.timesteps.tolist():
+        assert torch.equal(scheduler.step(z, t, z).prev_sample, expected.step(z, t, z).prev_sample)
+
+
+def test_return_dict_is_the_fourth_argument_as_in_the_published_scheduler():
+    scheduler = make()
+    scheduler.set_timesteps(4)
+    z = draw()
+    assert type(scheduler.step(z, 1000, z, False)) is tuple
+
+
 def test_step_leaves_its_arguments_alone():
     scheduler = make()
     for dtype in (torch.float64, torch.float32, torch.float16):
@@ -321,7 +364,8 @@ def test_a_compiled_step_is_one_graph_compiled_once():
         assert compiled(z.sin(), t, z).isfinite().all()
     assert len(graphs) == 1
     # Off the grid nothing can raise inside a graph: the result is NaN rather than a plausible picture.
-    assert compiled(z.sin(), torch.tensor(999), z).isnan().all()
+    for t in (999, -1, 1001, 0):
+        assert compiled(z.sin(), torch.tensor(t), z).isnan().all()
     torch.compiler.reset()
 
 

@@ -163,8 +163,10 @@ class NoisePath:
 
 def _betas(n: int, start: float, end: float, schedule: str) -> Tensor:
     """(n,) float32 betas, computed as diffusers computes them."""
-    if n < 1:
-        raise ValueError(f"`num_train_timesteps={n}`; expected at least 1.")
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"`num_train_timesteps={n!r}`; expected an integer >= 1.")
+    if schedule == "scaled_linear" and (start < 0 or end < 0):
+        raise ValueError(f"`beta_start={start}` and `beta_end={end}`; expected values in [0, 1].")
     if schedule == "linear":
         return torch.linspace(start, end, n, dtype=torch.float32)
     if schedule == "scaled_linear":

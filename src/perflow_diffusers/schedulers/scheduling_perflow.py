@@ -115,6 +115,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             prediction_type=base_type,
             perflow_type=self._type,
             num_time_windows=self.windows.num_windows,
+            window_boundaries=None if window_boundaries is None else list(self.windows.boundaries),
             _use_default_values=[k for k in defaulted if k not in known],
         )
         # The names under which pipelines look the noise schedule up.
@@ -231,23 +232,26 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self.windows.grid(n)
 
     def _explicit(self, timesteps: Any) -> list[int]:
-        given = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else list(timesteps)
-        points = [*given, self.windows.boundaries[-1]]
-        first = self.windows.boundaries[0]
-        falling = all(a > b for a, b in pairwise(points))
-        if not given or not falling or points[0] > first or any(t != int(t) for t in given):
+        first, last = self.windows.boundaries[0], self.windows.boundaries[-1]
+        given = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else timesteps
+        try:
+            given = list(given)
+            right = bool(given) and all(a > b and b == int(b) for a, b in pairwise([first + 1, *given, last]))
+        except (TypeError, ValueError):
+            right = False
+        if not right:
             raise ValueError(
-                f"`timesteps={given}`; expected strictly falling integers, at most {first} and more than {points[-1]}."
+                f"`timesteps={given}`; expected strictly falling integers, at most {first} and more than {last}."
             )
-        return [int(t) for t in points]
+        return [*map(int, given), last]
 
     def _prepare(self, points: list[int]) -> None:
         """Compute every number of the run in float64: per step (a, b) and the x0 estimate's (p, q)."""
         steps = list(pairwise(points))
         self._spans = {t: self.windows.span(t, t_next) for t, t_next in steps}
         self._positions = {t: i for i, t in enumerate(points[:-1])}
-        t, t_next = torch.tensor(steps).unbind(1)
-        start, end = torch.tensor(list(self._spans.values())).unbind(1)
+        home = self.path.alpha.device  # where the tables were made, whatever the default device is now
+        t, t_next, start, end = torch.tensor([(*x, *self._spans[x[0]]) for x in steps], device=home).unbind(1)
         numbers = torch.stack(
             [
                 *euler(self.path, self._type, start, end, t, t_next),
@@ -258,7 +262,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._steps = [(a, b, p, q) for a, b, p, q in numbers.tolist()]
         device = self.timesteps.device
         # Rows off the grid stay NaN: inside a compiled graph nothing can raise, and NaN is seen.
-        table = torch.full((len(self.path.alpha), 4), torch.nan, dtype=torch.float64)
+        table = torch.full((len(self.path.alpha), 4), torch.nan, dtype=torch.float64, device=home)
         table[t] = numbers
         self._table = table.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
@@ -271,8 +275,8 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         model_output: Tensor,
         timestep: int | float | Tensor,
         sample: Tensor,
-        generator: torch.Generator | None = None,
         return_dict: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> PeRFlowSchedulerOutput | tuple[Tensor]:
         """Move the sample along its window's straight line to the next timestep: `a * sample + b * model_output`.
 
@@ -306,13 +310,10 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self._steps[index]
 
     def _position(self, timestep: int | float | Tensor) -> int:
-        if isinstance(timestep, Tensor):
-            # An element of `timesteps` says by its address where it is: reading it would wait for the device.
-            run = self._run
-            if run is not None and timestep.untyped_storage().data_ptr() == run.untyped_storage().data_ptr():
-                return int(timestep.storage_offset())
-            timestep = timestep.item()
-        value = timestep
+        # An element of `timesteps` says by its address where it is: reading it would wait for the device.
+        if isinstance(timestep, Tensor) and _is_part(timestep, self._run):
+            return int(timestep.storage_offset())
+        value = timestep.item() if isinstance(timestep, Tensor) else timestep
         if value not in self._positions:
             todo = f"Expected one of {list(self._positions)}" if self._positions else "Call `set_timesteps` first"
             raise ValueError(f"`timestep={value}` is not a step of this run. {todo}.")
@@ -323,10 +324,12 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if self._table is None:
             raise ValueError("`step` was called before `set_timesteps`. Call `set_timesteps` first.")
         # One-dimensional even for a single timestep: torch.compile takes a 0-d index for a constant.
-        index = torch.as_tensor(timestep, device=self._table.device).to(torch.int64).reshape(-1)
-        rows = self._table[index]
+        given = torch.as_tensor(timestep, device=self._table.device).reshape(-1)
+        index = given.to(torch.int64)
+        # Row 0 is no step's: what is no integer from 1 to N ends there, neither rounded nor counted from the end.
+        rows = self._table[torch.where((index == given) & (index > 0) & (index < len(self._table)), index, 0)]
         if not torch.compiler.is_compiling() and bool(rows.isnan().any()):
-            raise ValueError(f"`timestep={index.tolist()}`; expected steps of this run, {list(self._positions)}.")
+            raise ValueError(f"`timestep={given.tolist()}`; expected steps of this run, {list(self._positions)}.")
         return [_beside(c, sample) for c in rows.unbind(-1)]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
@@ -337,7 +340,10 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Returns the dtype of `original_samples`, computed in float32 or better. Raises ValueError out of range and for
         no timestep at all.
         """
-        index = torch.as_tensor(timesteps, device="cpu").to(torch.int64)
+        given = torch.as_tensor(timesteps, device="cpu")
+        index = given.to(torch.int64)
+        if not torch.equal(index.to(given.dtype), given):
+            raise ValueError(f"`timesteps={given.tolist()}`; expected integers.")
         if index.numel() == 0:
             raise ValueError(
                 "`timesteps` is empty: there is no step to take. In image to image this means "
@@ -348,6 +354,13 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             start, end = torch.where(index == t, s, start), torch.where(index == t, e, end)
         c_x0, c_noise = (_beside(c, original_samples) for c in marginal(self.path, start, end, index))
         return (c_x0 * original_samples + c_noise * noise).to(original_samples.dtype)
+
+
+def _is_part(timestep: Tensor, run: Tensor | None) -> bool:
+    """Whether a tensor is a view of the run's timesteps, counted in the same elements, which nobody has changed."""
+    if run is None or timestep.dtype != run.dtype or not (run.is_inference() or run._version == 0):
+        return False
+    return timestep.untyped_storage().data_ptr() == run.untyped_storage().data_ptr()
 
 
 def _beside(c: Tensor, sample: Tensor) -> Tensor:
@@ -382,6 +395,9 @@ def _split_types(prediction_type: str | None, perflow_type: str | None) -> tuple
             f"`prediction_type={prediction_type!r}`; expected PeRFlow's {', '.join(PREDICTION_TYPES)}, or what the "
             f"base predicts ({', '.join(BASE_TYPES)}) together with `perflow_type`."
         )
+    if perflow_type not in (None, *PREDICTION_TYPES):
+        note = "what the base model predicts belongs under `prediction_type`"
+        raise ValueError(f"`perflow_type={perflow_type!r}`; expected {', '.join(PREDICTION_TYPES)} ({note}).")
     check_prediction_type(prediction_type if perflow_type is None else perflow_type)
     assumed = None if perflow_type == "velocity" else "epsilon"
     return prediction_type or assumed, str(perflow_type)
@@ -389,14 +405,18 @@ def _split_types(prediction_type: str | None, perflow_type: str | None) -> tuple
 
 def _windows(n: int, t_noise: float, t_clean: float, num_windows: int | None, given: Sequence[int] | None) -> Windows:
     """The windows that the config's arguments describe."""
-    if not 0 <= t_clean < t_noise <= 1:
-        raise ValueError(f"`t_noise={t_noise}` and `t_clean={t_clean}`; expected 1 >= t_noise > t_clean >= 0.")
+    if not 0 <= t_clean < t_noise <= 1 or round(t_clean * n) == round(t_noise * n):
+        expected = f"1 >= t_noise > t_clean >= 0 and a timestep (1 of {n}) between them"
+        raise ValueError(f"`t_noise={t_noise}` and `t_clean={t_clean}`; expected {expected}.")
     noise, clean = round(t_noise * n), round(t_clean * n)
     if given is None:
-        if num_windows is None or not 1 <= num_windows <= noise - clean:
-            raise ValueError(f"`num_time_windows={num_windows}`; expected an integer from 1 to {noise - clean}.")
+        if not isinstance(num_windows, int) or not 1 <= num_windows <= noise - clean:
+            raise ValueError(f"`num_time_windows={num_windows!r}`; expected an integer from 1 to {noise - clean}.")
         return Windows.uniform(num_windows, noise, clean)
-    windows = Windows(tuple(given))
+    try:
+        windows = Windows(tuple(given))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`window_boundaries={given}`: {error}") from None
     if (windows.boundaries[0], windows.boundaries[-1]) != (noise, clean):
         raise ValueError(
             f"`window_boundaries={list(given)}`; expected them to run from {noise} to {clean}, which is `t_noise` to "
