@@ -221,7 +221,8 @@ def _call(pipe: Any, steps: int, guidance: float) -> str:
     start = f"from diffusers.utils import {load}\n\n" if needs else ""
     call = f'pipe("a photo of a cat in the snow", {given}num_inference_steps={steps}, guidance_scale={guidance})'
     if _task(pipe) == "text-to-video":
-        return f'{start}frames = {call}.frames[0]\nframes[0].save("few-steps.gif", save_all=True, append_images=frames[1:])'
+        save = 'frames[0].save("few-steps.gif", save_all=True, append_images=frames[1:])'
+        return f"{start}frames = {call}.frames[0]\n{save}"
     return f'{start}image = {call}.images[0]\nimage.save("few-steps.png")'
 
 
