@@ -7,13 +7,13 @@ Every option of training/configs/reference.yaml can stand in the YAML file or as
 """
 
 import argparse
-import importlib.util
 import logging
 import sys
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 
 from perflow_training.backbone import teacher_of
@@ -89,11 +89,12 @@ def run(config: TrainingConfig) -> bool:
 
 def _accelerator(config: TrainingConfig) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    available = {kind.value for kind in get_available_trackers()}
     for name in trackers(config):
-        if importlib.util.find_spec(name) is None:
+        if name not in available:  # accelerate itself would leave it out without a word
             raise ConfigError(f"`report_to={config.report_to}` needs the package {name}: pip install {name}.")
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=trackers(config) or None,
@@ -101,6 +102,9 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
         )
     except ValueError as error:  # fp16 on a CPU, for example
         raise ConfigError(f"`mixed_precision={config.mixed_precision}` is not possible here: {error}") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("`mixed_precision=fp16` needs a GPU. Take bf16 or no on a CPU.")
+    return accelerator
 
 
 def _trainer(config: TrainingConfig, accelerator: Accelerator, draws: Draws) -> tuple[Trainer, Feed]:

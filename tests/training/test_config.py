@@ -11,6 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from perflow_diffusers import load_miniature
 from perflow_training.config import ConfigError, TrainingConfig, config_of, load_config, reference
+from perflow_training.objective import windows_of
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 NEEDED = ["pretrained_model_name_or_path=a", "train_captions=b"]
@@ -33,7 +34,7 @@ def test_overrides_win_over_the_file_and_keep_their_types():
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("max_train_stepz=3", "Unknown option max_train_stepz"),
+        ("max_train_stepz=3", "Unknown option max_train_stepz. Did you mean max_train_steps"),
         ("max_train_steps", "not of the form name=value"),
         ("max_train_steps=lots", "must be of type int"),
         ("max_train_steps=0", "at least 1"),
@@ -55,11 +56,41 @@ def test_overrides_win_over_the_file_and_keep_their_types():
         ("lora_rank=-1", "must not be negative"),
         ("torch_compile=1", "must be of type bool"),
         ("window_boundaries=[1000, half, 0]", "must be of type int"),
+        ("window_boundaries=[1000, 500, 700, 0]", "`window_boundaries`: "),
+        ("window_boundaries=[1000, 500, 100]", "must end at 0"),
+        ("window_boundaries=[]", "`window_boundaries`: "),
+        ("validation_prompts=[a dog", "`validation_prompts=[a dog` is not valid YAML"),
+        ("lr_scheduler=cosin", "`lr_scheduler='cosin'` is not one of linear, cosine"),
+        ("learning_rate=nan", "must be a finite number"),
+        ("huber_c=0", "`huber_c=0.0` must be positive"),
+        ("max_grad_norm=-1", "`max_grad_norm=-1.0` must be positive"),
+        ("ema_decay=1", "`ema_decay=1.0` must be at least 0 and below 1"),
+        ("adam_beta2=1.5", "`adam_beta2=1.5` must be at least 0 and below 1"),
+        ("checkpoints_total_limit=-1", "`checkpoints_total_limit=-1` must be at least 1"),
+        ("recommended_steps=[]", "`recommended_steps=[]` must be step counts"),
     ],
 )
 def test_wrong_options_are_refused_by_name(word, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(None, [*NEEDED, word])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("window_boundaries=[500, 250, 0]", "must begin at 1000, the teacher's noisiest timestep"),
+        ("num_time_windows=2000", "`num_time_windows=2000`: the teacher has 1000 timesteps"),
+    ],
+)
+def test_windows_that_the_teacher_does_not_have_are_refused(word, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        windows_of(load_config(None, [*NEEDED, word]), 1000)
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "my.yaml").write_text("seed: [1\nlora_rank: 4")
+    with pytest.raises(ConfigError, match=r"my\.yaml is not valid YAML"):
+        load_config(tmp_path / "my.yaml", NEEDED)
 
 
 def test_shares_of_timesteps_make_one_whole():

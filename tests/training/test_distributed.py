@@ -21,8 +21,11 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def launch(words, processes):
-    """The command in several processes, as `accelerate launch` starts them; returns their codes and last words."""
+def launch(words, processes, tries=3):
+    """The command in several processes, as `accelerate launch` starts them; returns their last words and codes.
+
+    Another program can take the port between the look and the start: then once more, with another one.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -38,7 +41,10 @@ def launch(words, processes):
         )
         for rank in range(processes)
     ]  # fmt: skip
-    return [(process.communicate(timeout=300)[0], process.returncode) for process in running]
+    ended = [(process.communicate(timeout=300)[0], process.returncode) for process in running]
+    if tries > 1 and any(code and "EADDRINUSE" in text for text, code in ended):
+        return launch(words, processes, tries - 1)
+    return ended
 
 
 def test_two_processes_have_the_losses_of_one_with_their_global_batch(run, words, tmp_path):
@@ -49,7 +55,9 @@ def test_two_processes_have_the_losses_of_one_with_their_global_batch(run, words
         assert code == 0, text[-3000:]
     assert len(logged(one)) == 5
     for alone, together in zip(logged(one), logged(two), strict=True):
-        assert alone["loss"] == pytest.approx(together["loss"], rel=1e-5, abs=1e-5)
+        for one_loss, two_loss in zip(alone["loss"], together["loss"], strict=True):
+            # None: a window without samples
+            assert one_loss == (two_loss and pytest.approx(two_loss, rel=1e-5, abs=1e-5))
         assert alone["grad_norm"] == pytest.approx(together["grad_norm"], rel=1e-4)
         assert alone["learning_rate"] == together["learning_rate"]
     first, second = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (one, two))

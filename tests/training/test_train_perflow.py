@@ -11,6 +11,8 @@ import train_perflow
 from perflow_diffusers import PeRFlowScheduler, load_miniature, merge_delta
 from perflow_diffusers.demo import perflow_scheduler
 from perflow_diffusers.weights import open_weights
+from perflow_training.checkpoint import checkpoints
+from perflow_training.trainer import Trainer
 
 
 def test_student_delta_and_log_come_out(run):
@@ -47,7 +49,7 @@ def test_training_lowers_the_loss_it_reports(run):
     run("max_train_steps=1")
     out = run("max_train_steps=30", "reuse=1000", "timestep_starts=1.0", "learning_rate=1e-3", "lr_warmup_steps=0",
               "lr_scheduler=constant", "caption_dropout=0.0", "train_batch_size=16", "guidance_scale=7.5")  # fmt: skip
-    losses = [sum(json.loads(line)["loss"]) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = [sum(filter(None, json.loads(line)["loss"])) for line in (out / "log.jsonl").read_text().splitlines()]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
@@ -59,8 +61,19 @@ def test_noised_data_as_starting_points(run, tmp_path):
     )  # one window a sample (trajectories would have 8)
 
 
-@pytest.mark.parametrize("wrong", ["max_train_steps=0", "nonsense=1", "train_captions=/no/such/file"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "max_train_steps=0",
+        "nonsense=1",
+        "train_captions=/no/such/file",
+        "mixed_precision=fp16",
+        "pretrained_model_name_or_path=/no/such/folder",
+    ],
+)
 def test_wrong_options_end_with_a_message_and_code_2(run, wrong, capsys):
+    if wrong.endswith("fp16") and torch.cuda.is_available():
+        pytest.skip("fp16 can be had here")
     with pytest.raises(SystemExit) as stop:
         run(wrong)
     assert stop.value.code == 2
@@ -90,3 +103,45 @@ def test_uneven_windows_given_weights_and_mixed_starts(run):
     assert scheduler.timesteps.tolist() == [1000, 800, 600, 300]
     solved = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["solved"]
     assert 16 <= solved < 24  # four batches of four, solved by two (from data) or eight (trajectories) at a time
+
+
+def test_a_window_without_samples_has_no_loss_and_half_a_log_line_is_left_out_at_resume(run):
+    """Four samples of one noised picture: one window is trained on, the others are null and not zero."""
+    parquet = Path(train_perflow.__file__).parent / "miniature" / "data" / "thumbs-test.parquet"
+    options = ("data_starts=1.0", "solve_batch_size=1", "reuse=4", f"train_captions={parquet}",
+               "checkpointing_steps=1", "buffer_size=1")  # fmt: skip
+    out = run("max_train_steps=1", *options)
+    first = json.loads((out / "log.jsonl").read_text())["loss"]
+    assert sorted(value is None for value in first) == [False, True, True, True]
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    run("max_train_steps=2", *options, "resume_from_checkpoint=latest")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["loss"] == first
+
+
+def test_broken_weights_are_not_saved_over_good_ones(run, tmp_path, monkeypatch):
+    step = Trainer._step
+
+    def breaks(self, log):
+        norm = step(self, log)
+        if self.step == 3:
+            log.sums[0] += float("nan")
+        return norm
+
+    monkeypatch.setattr(Trainer, "_step", breaks)
+    with pytest.raises(SystemExit, match="The loss is not finite at step 3, first in window 1 of 4"):
+        run("max_train_steps=5", "logging_steps=100", "checkpointing_steps=1", "checkpoints_total_limit=1")
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("loss", ["l2", "pseudo_huber"])
+def test_logged_losses_are_in_the_units_of_the_untrained_student_s(run, caplog, loss):
+    """A student that does not move, on the windows that were looked at: weights of windows change no number."""
+    with caplog.at_level("INFO"):
+        out = run("max_train_steps=1", "learning_rate=0", "window_weights=[9, 3, 2, 1]", f"loss={loss}",
+                  "solve_batch_size=4", "train_batch_size=256", "reuse=100", "timestep_starts=1.0")  # fmt: skip
+    said = next(line for line in caplog.text.splitlines() if "untrained student" in line)
+    printed = [float(word) for word in said.rsplit(":", 1)[1].split()]
+    assert json.loads((out / "log.jsonl").read_text())["loss"] == pytest.approx(printed, rel=0.3)

@@ -11,7 +11,8 @@ from perflow_training.backbone import Backbone
 from perflow_training.buffer import SolvedWindows
 from perflow_training.conditions import Conditions
 from perflow_training.config import TrainingConfig
-from perflow_training.watch import TrainingStopped, Watch, check_start, expectation, zero_loss
+from perflow_training.objective import student_loss
+from perflow_training.watch import TrainingStopped, Watch, answers_zero, check_start, expectation
 
 PATH = NoisePath.from_betas()
 
@@ -53,9 +54,8 @@ def test_answering_zero_loses_the_mean_squared_target():
     ideal = world.student(z, 750, 750, 500, "ddim_eps")
     start = torch.full((8,), 750)
     solved = SolvedWindows(z, world.flow(z, 750, 500), start, start - 250, Conditions(torch.zeros(8, 1, 1)))
-    torch.testing.assert_close(
-        zero_loss(PATH, solved, TrainingConfig()).double(), ideal.pow(2).mean((1, 2, 3)), rtol=1e-5, atol=1e-6
-    )
+    losses = student_loss(answers_zero, PATH, solved, start, TrainingConfig(), torch.ones(8))
+    torch.testing.assert_close(losses.double(), ideal.pow(2).mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
 
 
 def test_what_to_expect_names_a_wrong_teacher():
@@ -72,6 +72,20 @@ def test_nan_names_the_window():
         watch.look(30, [0.1, math.nan], 3.0)
 
 
+def test_a_gradient_that_is_no_number_stops_except_where_the_loss_is_scaled():
+    with pytest.raises(TrainingStopped, match=r"gradient is not finite at step 30"):
+        Watch(TrainingConfig(), [0.1]).look(30, [0.1], math.inf)
+    Watch(TrainingConfig(mixed_precision="fp16"), [0.1]).look(30, [0.1], math.inf)
+
+
+def test_a_teacher_whose_solve_is_no_number_is_told_from_a_wrong_student():
+    teacher = Backbone(Network(), PATH, "epsilon", index_offset=-1)
+    broken = batch()
+    broken.z_end[0] = math.nan
+    with pytest.raises(TrainingStopped, match="teacher's own answer or solve is not finite"):
+        check_start(teacher.student(Network()), teacher, broken, exact=True)
+
+
 def test_a_loss_above_its_start_for_long_stops_and_a_short_one_does_not():
     watch = Watch(TrainingConfig(divergence_steps=100, divergence_factor=1.5), [0.1, 0.3])
     for step, high in ((10, True), (60, True), (90, False), (100, True), (190, True)):
@@ -82,9 +96,9 @@ def test_a_loss_above_its_start_for_long_stops_and_a_short_one_does_not():
 
 def test_windows_without_samples_are_left_out_of_the_comparison():
     watch = Watch(TrainingConfig(divergence_steps=1), [10.0, 0.1])
-    watch.look(10, [0.0, 0.2], 1.0)
+    watch.look(10, [None, 0.2], 1.0)
     with pytest.raises(TrainingStopped, match="now 2 times"):
-        watch.look(20, [0.0, 0.2], 1.0)
+        watch.look(20, [None, 0.2], 1.0)
 
 
 def test_zero_steps_never_stops():

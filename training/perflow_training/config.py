@@ -1,6 +1,8 @@
 """Every option of a training run, with its default; read from YAML, overridden by `name=value` words."""
 
+import difflib
 import inspect
+import math
 import re
 import types
 import typing
@@ -8,8 +10,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 import yaml
+from diffusers.optimization import SchedulerType
 
-from perflow_diffusers.flow import METHODS
+from perflow_diffusers.flow import METHODS, Windows
 
 from .data.options import SOURCES, DataError, DataOptions
 
@@ -30,7 +33,7 @@ class TrainingConfig(DataOptions):
     prediction_type: str = "ddim_eps"  # ddim_eps, diff_eps or velocity
     num_time_windows: int = 4
     window_boundaries: list[int] | None = None  # explicit N = b0 > ... > bK = 0 instead of equal windows
-    solver: str = "dpmpp_2m"  # ddim, dpmpp_2m, deis or heun
+    solver: str = "dpmpp_2m"  # ddim, dpmpp_2m, deis (nearer over whole trajectories with guidance) or heun
     solver_steps: int = 4  # per window
     solver_spacing: str = "log_snr"  # log_snr or time: equal steps of what (the paper: ddim, 8 steps of time)
     guidance_scale: float | list[float] | None = None  # null: CFG-sync; 7.5: guided solve; [5, 9]: drawn a trajectory
@@ -117,6 +120,8 @@ CHOICES = {
     "solver_spacing": ("log_snr", "time"),
     "loss": ("l2", "pseudo_huber"),
     "reweighting_scheme": ("none", "reciprocal", "rcp_win"),
+    # piecewise_constant needs rules that have no option
+    "lr_scheduler": tuple(kind.value for kind in SchedulerType if kind.value != "piecewise_constant"),
     "mixed_precision": ("no", "fp16", "bf16"),
 }
 SHARES = ("caption_dropout", "data_starts", "timestep_starts", "timestep_grid", "lora_dropout")
@@ -126,8 +131,10 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "learning_rate", "lr_warmup_steps", "lora_rank", "lora_alpha", "discrete_timesteps", "checkpointing_steps",
-    "divergence_steps", "validation_steps",
+    "divergence_steps", "validation_steps", "adam_weight_decay",
 )  # fmt: skip
+POSITIVE = ("huber_c", "adam_epsilon", "max_grad_norm", "divergence_factor")
+DECAYS = ("adam_beta1", "adam_beta2", "ema_decay")
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -138,23 +145,33 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     """
     values: dict = {}
     if path is not None:
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        values = _yaml(Path(path).read_text(), f"{path}") or {}
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds no mapping of options. Write one `name: value` a line.")
     for word in overrides:
         name, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"Override {word!r} is not of the form name=value, for example max_train_steps=200.")
-        values[name] = yaml.safe_load(value)
+        values[name] = _yaml(value, f"`{name}={value}`")
     return ready(config_of(values))
+
+
+def _yaml(text: str, what: str):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        said = str(error).splitlines()[0]
+        raise ConfigError(f"{what} is not valid YAML: {said}. Texts with : # [ or {{ need quotes.") from error
 
 
 def config_of(values: dict) -> TrainingConfig:
     """A config of plain values, for example those of a checkpoint's config.json. Raises ConfigError."""
     known = {option.name: option for option in fields(TrainingConfig)}
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(set(values) - set(known), key=str)
     if unknown:
-        raise ConfigError(f"Unknown option {', '.join(unknown)}. The options are: {', '.join(known)}.")
+        near = [match for name in unknown for match in difflib.get_close_matches(str(name), known, 2)]
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"Unknown option {', '.join(map(str, unknown))}.{hint} The options are: {', '.join(known)}.")
     hints = typing.get_type_hints(TrainingConfig)
     try:
         return TrainingConfig(**{name: _cast(name, value, hints[name]) for name, value in values.items()})
@@ -188,10 +205,14 @@ def _cast(name: str, value, hint):
             return [_cast(name, item, wanted[0]) for item in value]
     if float in kinds and not isinstance(value, (bool, list, dict)) and value is not None:
         try:
-            return float(value)
+            number = float(value)
         except ValueError as error:
             if str not in kinds:
                 raise ConfigError(f"`{name}={value!r}` is not a number.") from error
+        else:
+            if not math.isfinite(number):
+                raise ConfigError(f"`{name}={value!r}` must be a finite number.")
+            return number
     plain = tuple(kind for kind in kinds if kind in (bool, int, str))
     if type(value) in plain:
         return value
@@ -213,6 +234,16 @@ def _check(config: TrainingConfig) -> None:
     for name in NOT_NEGATIVE:
         if getattr(config, name) < 0:
             raise ConfigError(f"`{name}={getattr(config, name)}` must not be negative.")
+    for name in POSITIVE:
+        if getattr(config, name) <= 0:
+            raise ConfigError(f"`{name}={getattr(config, name)}` must be positive.")
+    for name in DECAYS:
+        if not 0 <= getattr(config, name) < 1:
+            raise ConfigError(f"`{name}={getattr(config, name)}` must be at least 0 and below 1.")
+    if config.checkpoints_total_limit is not None and config.checkpoints_total_limit < 1:
+        raise ConfigError(
+            f"`checkpoints_total_limit={config.checkpoints_total_limit}` must be at least 1; null keeps all."
+        )
     if config.timestep_starts + config.timestep_grid > 1:
         raise ConfigError(
             "`timestep_starts` and `timestep_grid` are shares of one whole: their sum must be at most 1."
@@ -221,6 +252,17 @@ def _check(config: TrainingConfig) -> None:
         raise ConfigError("`rescale_betas_zero_snr` is defined for `prediction_type=velocity` only.")
     _check_guidance(config)
     _check_watch(config)
+    _check_windows(config)
+
+
+def _check_windows(config: TrainingConfig) -> None:
+    if config.window_boundaries is not None:
+        try:
+            last = Windows(tuple(config.window_boundaries)).boundaries[-1]
+        except ValueError as error:
+            raise ConfigError(f"`window_boundaries`: {error}") from error
+        if last:
+            raise ConfigError(f"`window_boundaries={config.window_boundaries}` must end at 0, the data.")
     weights, windows = config.window_weights, config.window_count
     if isinstance(weights, str) and weights not in ("equal", "measured"):
         raise ConfigError(f"`window_weights={weights!r}` is not equal, measured or a list of {windows} numbers.")
@@ -244,6 +286,10 @@ def _check_watch(config: TrainingConfig) -> None:
         raise ConfigError(f"`report_to={config.report_to!r}`: {', '.join(unknown)} is none of {', '.join(TRACKERS)}.")
     if config.validation_steps and not config.validation_prompts:
         raise ConfigError("`validation_steps` needs `validation_prompts`, a list of captions.")
+    if config.validation_steps and not config.validation_samplings:
+        raise ConfigError("`validation_steps` needs `validation_samplings`, pairs of steps and guidance.")
+    if not config.recommended_steps or min(config.recommended_steps) < 1:
+        raise ConfigError(f"`recommended_steps={config.recommended_steps}` must be step counts of at least 1.")
     for pair in config.validation_samplings:
         if len(pair) != 2 or pair[0] < 1 or pair[0] != int(pair[0]):
             raise ConfigError(

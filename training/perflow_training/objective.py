@@ -11,16 +11,26 @@ from perflow_diffusers.flow import NoisePath, Windows, euler, interpolate, solve
 from .backbone import Backbone
 from .buffer import SolvedWindows
 from .conditions import Conditions
-from .config import TrainingConfig
+from .config import ConfigError, TrainingConfig
 
 Guidance = float | Tensor | None
 
 
 def windows_of(config: TrainingConfig, num_train_timesteps: int) -> Windows:
-    """The windows that the config asks for."""
-    if config.window_boundaries:
-        return Windows(tuple(config.window_boundaries))
-    return Windows.uniform(config.num_time_windows, num_train_timesteps)
+    """The windows that the config asks for. Raises ConfigError if they do not fit the teacher's N timesteps."""
+    given = config.window_boundaries
+    if given is None:
+        if config.num_time_windows > num_train_timesteps:
+            raise ConfigError(
+                f"`num_time_windows={config.num_time_windows}`: the teacher has {num_train_timesteps} timesteps."
+            )
+        return Windows.uniform(config.num_time_windows, num_train_timesteps)
+    if given[0] != num_train_timesteps:
+        raise ConfigError(
+            f"`window_boundaries={given}` must begin at {num_train_timesteps}, the teacher's noisiest timestep: "
+            "sampling starts there."
+        )
+    return Windows(tuple(given))
 
 
 def guidance_of(config: TrainingConfig, uniform: Tensor) -> Guidance:

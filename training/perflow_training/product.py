@@ -29,10 +29,19 @@ WITHOUT_ENCODERS = (
 
 
 def load_pipeline(config: TrainingConfig, *, encoders: bool = True) -> DiffusionPipeline:
-    """The teacher's pipeline in float32; without `encoders` only its network and schedule are read."""
+    """The teacher's pipeline in float32; without `encoders` only its network and schedule are read.
+
+    Raises ConfigError for a name that is no pipeline.
+    """
     name, where = config.pretrained_model_name_or_path, {"revision": config.revision}
     left_out: dict[str, Any] = {}
-    components = DiffusionPipeline.load_config(name, **where)
+    try:
+        components = DiffusionPipeline.load_config(name, **where)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"`pretrained_model_name_or_path={name}` is neither the folder of a diffusers pipeline nor a Hub id that "
+            f"can be had: {error}"
+        ) from error
     if not encoders:
         left_out = {part: None for part in WITHOUT_ENCODERS if part in components}
     elif "safety_checker" in components:

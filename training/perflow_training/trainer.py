@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from .checkpoint import (
     use_trained_weights_only,
     whole,
 )
+from .conditions import Conditions
 from .config import TrainingConfig
 from .draws import Draws
 from .feed import Feed
@@ -42,9 +44,10 @@ from .objective import (
     windows_of,
 )
 from .student import DTYPES, build_student, make_optimizer, trained
-from .watch import Watch, check_start, expectation, zero_loss
+from .watch import Watch, answers_zero, check_start, expectation
 
 logger = logging.getLogger(__name__)
+Student = Callable[[Tensor, Tensor, Conditions], Tensor]
 Validate = Callable[[int, Backbone], dict[str, float]]
 AGREE_EVERY = 10  # steps between asking all processes whether one of them was told to end
 
@@ -173,16 +176,16 @@ class Trainer:
             batch = probe[part]
             with torch.no_grad():
                 losses, index = self._losses(batch, -1, self.plain_student)
-                zeros = zero_loss(self.teacher.path, batch, self.config)
+                zeros, _ = self._losses(batch, -1, answers_zero)
             totals += _per_window(self.windows.num_windows, index, losses.cpu(), zeros.cpu(), torch.ones(len(index)))
         check_start(self.plain_student, self.plain_teacher, batch, self.config.mixed_precision == "no")
         self.network.train()
         loss, zero, count = self.accelerator.reduce(totals.to(self.accelerator.device), "sum").cpu()
         weight = self.weights * count.clamp(min=1)
         self.watch.untrained = (loss / count.clamp(min=1)).tolist()
-        logger.info(expectation(self.config, (loss / weight).tolist(), (zero / count.clamp(min=1)).tolist()))
+        logger.info(expectation(self.config, (loss / weight).tolist(), (zero / weight).tolist()))
 
-    def _losses(self, batch: SolvedWindows, micro: int, student: Backbone) -> tuple[Tensor, Tensor]:
+    def _losses(self, batch: SolvedWindows, micro: int, student: Student) -> tuple[Tensor, Tensor]:
         """(B,) weighted losses and the windows' numbers."""
         config, count = self.config, len(batch)
         total = self.teacher.path.num_train_timesteps
@@ -220,15 +223,17 @@ class Trainer:
                 last = self.step == config.max_train_steps
                 if self.step % config.logging_steps == 0 or last:
                     values = log.take(norm)
-                    progress.set_postfix(loss=" ".join(f"{value:.4f}" for value in values["loss"]))
-                    self.watch.look(self.step, values["loss"], values["grad_norm"])
+                    progress.set_postfix(loss=" ".join("-" if x is None else f"{x:.4f}" for x in values["loss"]))
+                    self.watch.look(self.step, log.weighted(values["loss"]), values["grad_norm"])
                     self._tell(values, on_log)
                 if config.validation_steps and self.step % config.validation_steps == 0 and self.validate is not None:
                     self._validated(on_log)
                 if self._told_to_stop() and not last:
+                    log.check(norm)
                     logger.warning("SIGTERM: saved %s; resume_from_checkpoint=latest goes on.", self.save())
                     return None
                 if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
+                    log.check(norm)
                     self.save()
         finally:
             progress.close()
@@ -261,7 +266,7 @@ class Trainer:
         flat = {}
         for name, value in values.items():
             if isinstance(value, list):
-                flat |= {f"{name}/window_{i}": item for i, item in enumerate(value, 1)}
+                flat |= {f"{name}/window_{i}": item for i, item in enumerate(value, 1) if item is not None}
             elif value is not None:
                 flat[name] = value
         self.accelerator.log(flat, step=self.step)
@@ -345,19 +350,37 @@ class _Log:
         self.sums[0].index_add_(0, place, losses.float())
         self.sums[1].index_add_(0, place, torch.ones_like(losses, dtype=torch.float32))
 
+    def _losses(self) -> tuple[list[float | None], float]:
+        """(mean loss of each window, None without samples; number of samples); all processes must call this.
+
+        The windows' weights are taken out, so that the numbers are those of the untrained student that were printed.
+        """
+        loss, count = self.trainer.accelerator.reduce(self.sums, "sum").cpu()
+        mean = (loss / self.trainer.weights / count.clamp(min=1)).tolist()
+        return [value if n else None for value, n in zip(mean, count.tolist(), strict=True)], float(count.sum())
+
+    def weighted(self, losses: list[float | None]) -> list[float | None]:
+        """The losses as they are trained on."""
+        weights = self.trainer.weights.tolist()
+        return [None if x is None else x * weight for x, weight in zip(losses, weights, strict=True)]
+
+    def check(self, norm: Tensor | float | None) -> None:
+        """Raises TrainingStopped rather than let a checkpoint of broken weights replace a good one."""
+        self.trainer.watch.finite(self.trainer.step, self._losses()[0], None if norm is None else float(whole(norm)))
+
     def take(self, norm: Tensor | float | None) -> dict:
-        """The values of one log line; starts anew."""
+        """The values of one log line; starts anew. The loss of a window without samples is None."""
         trainer = self.trainer
-        loss, count = trainer.accelerator.reduce(self.sums, "sum").cpu()
+        losses, count = self._losses()
         seconds = time.perf_counter() - self.began
         values = {
-            "loss": (loss / count.clamp(min=1)).tolist(),
+            "loss": losses,
             "grad_norm": None if norm is None else float(whole(norm)),
             "learning_rate": trainer.schedule.get_last_lr()[0],
             "solve_seconds": trainer.solve_seconds,
             "solve_share": (trainer.solve_seconds - self.solved_before) / seconds,
             "solved": trainer.buffer.solved,
-            "samples_per_second": float(count.sum()) / seconds,
+            "samples_per_second": count / seconds,
             **trainer.feed.describe(),
         }
         self.sums.zero_()
@@ -381,7 +404,7 @@ def _per_window(count: int, index: Tensor, *rows: Tensor) -> Tensor:
 def append_log(path: Path, resumed_at: int) -> Callable[[int, dict], None]:
     """Writes one JSON line a call; lines of steps that a resumed run repeats are taken out first."""
     if resumed_at and path.is_file():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resumed_at]
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_at]
         path.write_text("".join(f"{line}\n" for line in kept))
     else:
         path.write_text("")
@@ -391,3 +414,11 @@ def append_log(path: Path, resumed_at: int) -> Callable[[int, dict], None]:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     return on_log
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; infinity for the half line that a kill leaves at the end."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf

@@ -1,5 +1,6 @@
 """How a student looks while it learns: pictures beside the teacher's, and how straight its windows are."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from perflow_diffusers import PeRFlowScheduler
@@ -118,15 +119,18 @@ class Validation:
 
 
 def picture_grid(columns: dict[str, list[Image.Image]]) -> Image.Image:
-    """One picture of all: a column a name, a row a prompt."""
-    width, height = next(iter(columns.values()))[0].size
-    rows = len(next(iter(columns.values())))
-    grid = Image.new("RGB", (width * len(columns), MARGIN + height * rows), "white")
-    draw = ImageDraw.Draw(grid)
-    for i, (name, pictures) in enumerate(columns.items()):
-        draw.text((i * width + 2, 2), name, fill="black")
-        for j, picture in enumerate(pictures):
-            grid.paste(picture, (i * width, MARGIN + j * height))
+    """One picture of all: a column a name, as wide as its pictures and its name need, a row a prompt."""
+    pictures = next(iter(columns.values()))
+    height = pictures[0].height
+    font = ImageFont.load_default()
+    widths = [max(pictures[0].width, math.ceil(font.getlength(name)) + 4) for name in columns]
+    grid = Image.new("RGB", (sum(widths), MARGIN + height * len(pictures)), "white")
+    draw, left = ImageDraw.Draw(grid), 0
+    for width, (name, column) in zip(widths, columns.items(), strict=True):
+        draw.text((left + 2, 2), name, fill="black", font=font)
+        for j, picture in enumerate(column):
+            grid.paste(picture, (left, MARGIN + j * height))
+        left += width
     return grid
 
 

@@ -1,15 +1,15 @@
 """Early warnings: what an untrained student should look like, and when a run should not go on."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from perflow_diffusers.flow import NoisePath, target
-
 from .backbone import Backbone
 from .buffer import SolvedWindows
+from .conditions import Conditions
 from .config import TrainingConfig
 
 
@@ -27,6 +27,11 @@ def check_start(student: Backbone, teacher: Backbone, batch: SolvedWindows, exac
     timestep = batch.start
     same = Backbone(student.network, student.path, student.prediction, teacher.index_offset, student.dtype)
     wanted, got = (net(batch.z_start, timestep, batch.cond).float() for net in (teacher, same))
+    if not (wanted.isfinite().all() and batch.z_end.isfinite().all()):
+        raise TrainingStopped(
+            "Before the first step the teacher's own answer or solve is not finite. Its weights may be damaged, or "
+            "its numbers too large for `mixed_precision` fp16: take bf16 or no."
+        )
     difference = float((got - wanted).norm() / wanted.norm())
     limit = 1e-4 if exact else 0.05
     if not difference < limit:
@@ -37,10 +42,9 @@ def check_start(student: Backbone, teacher: Backbone, batch: SolvedWindows, exac
     return difference
 
 
-def zero_loss(path: NoisePath, batch: SolvedWindows, config: TrainingConfig) -> Tensor:
-    """(B,) mean squared targets: what a student that always answers zero would lose."""
-    wanted = target(path, config.prediction_type, batch.z_start, batch.z_end, batch.start, batch.end)
-    return wanted.float().pow(2).mean((1, 2, 3))
+def answers_zero(z: Tensor, timestep: Tensor, cond: Conditions) -> Tensor:
+    """A student that has learned nothing; its loss is the scale of the others."""
+    return torch.zeros_like(z)
 
 
 def expectation(config: TrainingConfig, untrained: list[float], zero: list[float]) -> str:
@@ -55,7 +59,7 @@ def expectation(config: TrainingConfig, untrained: list[float], zero: list[float
     else:
         lines.append("expect: well below 1 from the start, falling within the first few hundred steps.")
         worst = max((share for share in shares if not math.isnan(share)), default=0.0)
-        if config.loss == "l2" and worst >= 1:
+        if worst >= 1:
             lines.append(
                 f"WARNING: {worst:.2g} times worse than answering zero. The teacher's `prediction_type` in its "
                 "scheduler config, or its noise schedule, is probably not the one that it was trained with."
@@ -71,16 +75,30 @@ class Watch:
     untrained: list[float]
     above_since: int | None = None
 
-    def look(self, step: int, losses: list[float], grad_norm: float | None) -> None:
-        """Raises TrainingStopped for losses that are not numbers, and for losses that have been too high for long."""
-        seen = [(now, start) for now, start in zip(losses, self.untrained, strict=True) if now and start]
-        if not all(math.isfinite(now) for now in losses):
-            window = next(i for i, now in enumerate(losses, 1) if not math.isfinite(now))
-            raise TrainingStopped(
-                f"The loss is not finite at step {step}, first in window {window} of {len(losses)} (gradient norm "
-                f"{grad_norm}). Lower `learning_rate`, lengthen `lr_warmup_steps`, or use `mixed_precision` bf16 or "
-                "no; if it happens at the first steps, the teacher's own solve is not finite: look at its dtype."
+    def finite(self, step: int, losses: Sequence[float | None], grad_norm: float | None) -> None:
+        """Raises TrainingStopped for losses or a gradient norm that are not numbers; arguments as those of `look`."""
+        broken = [i for i, now in enumerate(losses, 1) if now is not None and not math.isfinite(now)]
+        # the loss scale of fp16 overflows now and then; such steps are left out
+        overflow = self.config.mixed_precision != "fp16" and grad_norm is not None and not math.isfinite(grad_norm)
+        if broken or overflow:
+            what = (
+                f"loss is not finite at step {step}, first in window {broken[0]} of {len(losses)}"
+                if broken
+                else (f"gradient is not finite at step {step}, though the loss still is")
             )
+            raise TrainingStopped(
+                f"The {what} (gradient norm {grad_norm}). Lower `learning_rate`, lengthen `lr_warmup_steps`, or use "
+                "`mixed_precision` bf16 or no; if it happens at the first steps, the teacher's own solve is not "
+                "finite: look at its dtype."
+            )
+
+    def look(self, step: int, losses: Sequence[float | None], grad_norm: float | None) -> None:
+        """Raises TrainingStopped for losses that are not numbers, and for losses that have been too high for long.
+
+        `losses`: one a window, None where there were no samples.
+        """
+        seen = [(now, start) for now, start in zip(losses, self.untrained, strict=True) if now is not None and start]
+        self.finite(step, losses, grad_norm)
         limit, start = self.config.divergence_steps, sum(start for _, start in seen)
         if not limit or not start:
             return
