@@ -1,6 +1,5 @@
 """A caption file, the command line of a short run, and tiny pipelines with their own text encoders."""
 
-import json
 import sys
 
 import pytest
@@ -50,12 +49,6 @@ def run(tmp_path, monkeypatch, words):
         return tmp_path / "out"
 
     return start
-
-
-def logged(out):
-    """The lines of a run's log that hold losses."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_log import logged
 from safetensors.torch import load_file
 
 import train_perflow
-from conftest import logged
 
 TRAINING = Path(train_perflow.__file__).parent
 PARQUET = TRAINING / "miniature" / "data" / "thumbs-test.parquet"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
+from run_log import logged
 from safetensors.torch import load_file
 
 import precompute
-from conftest import logged
 from perflow_diffusers.weights import open_weights
 
 

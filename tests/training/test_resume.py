@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_log import logged
 from safetensors.torch import load_file
 
 import train_perflow
-from conftest import logged
 from perflow_training.checkpoint import checkpoints
 from perflow_training.trainer import Trainer
 

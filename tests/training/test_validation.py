@@ -53,15 +53,17 @@ def test_validation_pictures_of_every_pair_beside_the_teacher(run):
     )  # fmt: skip
     with Image.open(out / "validation" / "step-000002.png") as grid:
         grid.load()
-    assert grid.size[0] > 3 * 32  # the columns' names are wider than the miniature's pictures
+    name = round(ImageFont.load_default().getlength("teacher 3 @ 1")) + 4  # wider than the miniature's pictures
     assert grid.size[1] == 16 + 2 * 32
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert len(lines[-1]["straightness"]) == 4
     pipe = load_miniature()  # learning rate 0: the teacher's column is drawn by the pipeline itself
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    picture = pipe("a green hat", latents=noise[1:], num_inference_steps=3, guidance_scale=4.0).images[0]
-    assert list(grid.crop((0, 48, 32, 80)).get_flattened_data()) == list(picture.get_flattened_data())
+    for guidance, left in ((1.0, 0), (4.0, name + 32)):  # each beside the student's column at its guidance
+        picture = pipe("a green hat", latents=noise[1:], num_inference_steps=3, guidance_scale=guidance).images[0]
+        drawn = grid.crop((left, 48, left + 32, 80))
+        assert list(drawn.get_flattened_data()) == list(picture.get_flattened_data())
     assert not list(Path(out).glob("*.tmp"))
 
 

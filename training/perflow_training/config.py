@@ -109,6 +109,13 @@ class TrainingConfig(DataOptions):
         return asdict(self)
 
     @property
+    def solve_guidance(self) -> float | None:
+        """Guidance of the teacher's solve, the middle of a range; None for CFG-sync."""
+        scale = self.guidance_scale
+        scale = sum(scale) / len(scale) if isinstance(scale, list) else scale
+        return None if scale == 1.0 else scale
+
+    @property
     def window_count(self) -> int:
         """K."""
         return self.num_time_windows if self.window_boundaries is None else len(self.window_boundaries) - 1

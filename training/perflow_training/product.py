@@ -93,9 +93,7 @@ def write_products(
 
 def header(config: TrainingConfig) -> dict[str, Any]:
     """What travels in the header of every file: how it was trained, and how it is to be used."""
-    scale = config.guidance_scale
-    scale = sum(scale) / len(scale) if isinstance(scale, list) else scale
-    guided = scale is not None and scale != 1.0
+    scale = config.solve_guidance
     name = config.pretrained_model_name_or_path
     metadata = {
         "base_model": None if Path(name).exists() else name,  # a Hub id; a path says nothing to others
@@ -103,8 +101,8 @@ def header(config: TrainingConfig) -> dict[str, Any]:
         "num_time_windows": config.window_count,
         "window_boundaries": config.window_boundaries,
         "recommended_steps": config.recommended_steps,
-        "guidance_scale": scale if guided else 0.0,
-        "recommended_guidance_scale": 1.0 if guided else None,
+        "guidance_scale": 0.0 if scale is None else scale,
+        "recommended_guidance_scale": None if scale is None else 1.0,
         "recipe": config.to_dict(),
     }
     return {name: value for name, value in metadata.items() if value is not None}

@@ -48,6 +48,7 @@ def straightness(
 class Validation:
     """Draws every (steps, guidance) pair of `validation_samplings` beside the teacher, from the same noise.
 
+    The teacher has the pair's guidance, or that of the solve, which a student of a guided solve has learned.
     A call writes output_dir/validation/step-NNNNNN.png, one row a prompt, hands it to the trackers, and returns the
     straightness score of each window.
     """
@@ -65,20 +66,18 @@ class Validation:
             window_boundaries=list(windows.boundaries) if config.window_boundaries else None,
             **({"rescale_betas_zero_snr": True} if config.rescale_betas_zero_snr else {}),
         )
-        self.teacher_column: list[Image.Image] | None = None
+        self.teacher_columns: dict[float, list[Image.Image]] = {}
 
     @torch.no_grad()
     def __call__(self, step: int, student: Backbone) -> dict:
         config = self.config
-        guidance = max(pair[1] for pair in config.validation_samplings)
-        if self.teacher_column is None:
-            self.teacher_column = self._draw(self.pipe, config.validation_teacher_steps, guidance)
         components = {**self.pipe.components, "scheduler": self.scheduler}
         components["unet"] = self.accelerator.unwrap_model(student.network)
         pipe = type(self.pipe)(**components, **self._flags())
         pipe.set_progress_bar_config(disable=True)
-        columns = {f"teacher {config.validation_teacher_steps} @ {guidance:g}": self.teacher_column}
-        for steps, scale in config.validation_samplings:
+        columns: dict[str, list[Image.Image]] = {}
+        for steps, scale in sorted(config.validation_samplings, key=lambda pair: pair[1]):
+            self._add_teacher(columns, scale if config.solve_guidance is None else config.solve_guidance)
             columns[f"{int(steps)} @ {scale:g}"] = self._draw(pipe, int(steps), scale)
         if self.accelerator.is_main_process:
             grid = picture_grid(columns)
@@ -87,6 +86,13 @@ class Validation:
             grid.save(folder / f"step-{step:06d}.png")
             self._track(grid, step)
         return {"straightness": self._straightness(student)}
+
+    def _add_teacher(self, columns: dict[str, list[Image.Image]], guidance: float) -> None:
+        """The teacher at the guidance that a student's column is to be compared with; drawn once a run."""
+        steps = self.config.validation_teacher_steps
+        if guidance not in self.teacher_columns:
+            self.teacher_columns[guidance] = self._draw(self.pipe, steps, guidance)
+        columns[f"teacher {steps} @ {guidance:g}"] = self.teacher_columns[guidance]
 
     def _flags(self) -> dict:
         return {"requires_safety_checker": False} if "safety_checker" in self.pipe.components else {}
