@@ -1,10 +1,17 @@
 """Fixtures shared by all tests: a tiny but real diffusers pipeline with random weights, and its text embeddings."""
 
+import os
+
+# Here and in every process that a test starts: sums depend on the number of threads in their last bits, and networks
+# as small as these are faster with one.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 EMBEDDING = 16
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Pipelines built once a session, without progress bars, and their runs remembered."""
 
 import pytest
-import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -13,15 +12,6 @@ def no_progress_bars():
     yield
     for logging in (diffusers_logging, transformers_logging):
         logging.enable_progress_bar()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small gain nothing from more, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,7 @@ def test_two_processes_have_the_losses_of_one_with_their_global_batch(run, words
         assert alone["learning_rate"] == together["learning_rate"]
     first, second = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (one, two))
     for name, tensor in first.items():
-        torch.testing.assert_close(tensor, second[name], rtol=1e-4, atol=1e-6)
+        # Adam divides a gradient near zero by its own size: there, rounding shows in the weights
+        torch.testing.assert_close(tensor, second[name], rtol=1e-4, atol=5e-6)
     files = {path.name for path in (two / "checkpoint-5").iterdir()}
     assert {"windows-00000.safetensors", "windows-00001.safetensors", "random_states_1.pkl"} <= files
