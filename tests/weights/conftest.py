@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from lora_files import WRITERS, random_factors
 from safetensors.torch import save_file
 
 CONFIG = {
@@ -86,3 +87,14 @@ def same() -> Callable[..., bool]:
         )
 
     return compare
+
+
+@pytest.fixture
+def factors(unet):
+    return random_factors(unet)
+
+
+@pytest.fixture(params=list(WRITERS))
+def lora_file(request, factors, tmp_path):
+    suffix = "" if request.param == "peft" else ".safetensors"
+    return WRITERS[request.param](tmp_path / f"style{suffix}", factors)

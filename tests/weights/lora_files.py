@@ -84,3 +84,6 @@ def write_peft(folder, factors):
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
+
+
+WRITERS = {"diffusers": write_diffusers, "kohya": write_kohya, "peft": write_peft}
