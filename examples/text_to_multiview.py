@@ -27,18 +27,18 @@ args = parser.parse_args()
 
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 if args.tiny:
-    device, kind, guidance = "cpu", "ddim_eps", 1.0
+    device, guidance = "cpu", 1.0
     text, views = pf.load_miniature(), wonder3d.tiny_wonder3d()
-    pf.merge_delta(text, "miniature")
+    pf.load_perflow(text, "miniature")
+    views.scheduler = pf.PeRFlowScheduler.from_config(views.scheduler.config, prediction_type="ddim_eps")
 else:
-    kind, guidance = "diff_eps", 4.5
+    guidance = 4.5
     text = StableDiffusionPipeline.from_pretrained("Lykon/dreamshaper-8", dtype=dtype)
     views = wonder3d.Wonder3DPipeline.from_pretrained(args.wonder3d, dtype=dtype)
     for pipe in (text, views):
-        pf.merge_delta(pipe, args.delta)
+        pf.load_perflow(pipe, args.delta)  # weights and scheduler: of perflow-sd15-delta it knows diff_eps, 4 windows
 for pipe in (text, views):
     pipe.to(device)
-    pipe.scheduler = pf.PeRFlowScheduler.from_config(pipe.scheduler.config, prediction_type=kind)
 
 noise = torch.Generator(device).manual_seed(args.seed)
 picture = text(args.prompt, num_inference_steps=args.steps, guidance_scale=guidance, generator=noise).images[0]
