@@ -9,6 +9,7 @@ from perflow_diffusers.hub import (
     set_scheduler,
     unload_perflow,
 )
+from perflow_diffusers.hub.lookup import make_findable
 from perflow_diffusers.miniature import MINIATURE_GUIDANCE, load_miniature, miniature_prompts
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler  # eager: saved pipelines look it up here
 from perflow_diffusers.weights import (
@@ -22,6 +23,8 @@ from perflow_diffusers.weights import (
     shrink_delta,
     unmerge_delta,
 )
+
+make_findable()  # by diffusers, which loads saved pipelines
 
 __all__ = [
     "MINIATURE_GUIDANCE",

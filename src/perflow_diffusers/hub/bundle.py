@@ -10,12 +10,44 @@ from perflow_diffusers.schedulers import scheduling_perflow
 #: In the order in which they build on each other.
 MODULES = (path, windows, chord, scheduling_perflow)
 
+#: The file's name in a repository, without its ending.
+MODULE = "perflow_scheduler"
+
 _HEADER = '"""PeRFlowScheduler in one file, made from perflow-diffusers {version} (Apache-2.0)."""\n'
+
+# diffusers saves neither a component's code nor the name under which it looks for that code, but asks the instance
+# for its `__module__`; the class keeps its own, by which it is pickled.
+_CARRY = """
+
+# A pipeline that was loaded with this file carries it along when it is saved.
+_MODULE, _CODE = "{module}", Path(__file__).read_text(encoding="utf-8")
+_save_config = PeRFlowScheduler.save_config
+
+
+def _save_with_code(self, save_directory, *args, **kwargs):
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{{_MODULE}}.py").write_text(_CODE, encoding="utf-8")
+    return _save_config(self, save_directory, *args, **kwargs)
+
+
+def _named_after_the_file(cls, *args, **kwargs):
+    scheduler = object.__new__(cls)
+    scheduler.__module__ = _MODULE
+    return scheduler
+
+
+PeRFlowScheduler.save_config = _save_with_code
+PeRFlowScheduler.__new__ = staticmethod(_named_after_the_file)
+"""
 
 
 def scheduler_source() -> str:
-    """Python source that defines `PeRFlowScheduler` with torch, numpy, diffusers and the standard library alone."""
-    imports: dict[str, None] = {}
+    """Python source that defines `PeRFlowScheduler` with torch, numpy, diffusers and the standard library alone.
+
+    What is saved from it holds the source again, as `MODULE`.py.
+    """
+    imports: dict[str, None] = {"from pathlib import Path": None}
     bodies = []
     for module in MODULES:
         text = Path(str(module.__file__)).read_text(encoding="utf-8")
@@ -32,7 +64,8 @@ def scheduler_source() -> str:
         bodies.append("\n".join(kept).strip("\n"))
     future = [line for line in imports if "__future__" in line]
     others = sorted(line for line in imports if "__future__" not in line)
-    return "\n".join([_HEADER.format(version=__version__), *future, "", *others, "\n"]) + "\n\n\n".join(bodies) + "\n"
+    head = "\n".join([_HEADER.format(version=__version__), *future, "", *others, "\n"])
+    return head + "\n\n\n".join(bodies) + "\n" + _CARRY.format(module=MODULE)
 
 
 def _foreign(node: ast.ImportFrom) -> bool:

@@ -51,6 +51,29 @@ def artifact_card(
     return ModelCard(f"---\n{_data(artifact, forms, samples).to_yaml()}\n---\n\n" + "\n".join(lines))
 
 
+def saved_card(source: str) -> ModelCard:
+    """The card of a pipeline that `save_pretrained` wrote, which needs this package for its scheduler."""
+    data = ModelCardData(library_name="diffusers", tags=["diffusers", "perflow", "few-step"])
+    lines = [
+        f"# {_title(source)}",
+        "",
+        f"A diffusers pipeline for few steps: a piecewise rectified flow ([PeRFlow]({PAPER})) is in its weights. Its "
+        "scheduler comes with [perflow-diffusers](https://pypi.org/project/perflow-diffusers).",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "import perflow_diffusers  # brings the classes that the pipeline names",
+        "",
+        *loading(_literal(source)),
+        "```",
+        "",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+
+
 def _data(artifact: "PeRFlowArtifact", forms: Sequence[str], samples: Sequence[tuple[str, str]]) -> ModelCardData:
     tags = ["diffusers", "text-to-image", "perflow", "few-step"] + (["lora"] if "lora" in forms else [])
     extra: dict[str, Any] = {}

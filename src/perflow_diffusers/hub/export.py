@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from huggingface_hub import ModelCard, ModelCardData
 
 from perflow_diffusers.hub.adapters import attach, detach, other_adapters
-from perflow_diffusers.hub.bundle import scheduler_source
+from perflow_diffusers.hub.bundle import MODULE, scheduler_source
 from perflow_diffusers.hub.card import PAPER, loading
 from perflow_diffusers.hub.documents import read_json, write_json
 from perflow_diffusers.hub.errors import ArtifactError
@@ -29,9 +29,6 @@ Form = Literal["plain", "code"]
 _PACKAGE = "perflow_diffusers."
 # Keys of our scheduler's configuration that no stock one knows.
 _OURS = ("perflow_type", "num_time_windows", "window_boundaries", "t_noise", "t_clean")
-
-#: The scheduler's module in a repository that ships its code.
-MODULE = "perflow_scheduler"
 
 
 def export_pipeline(

@@ -7,6 +7,8 @@ from typing import Any
 
 import huggingface_hub as hub
 
+from perflow_diffusers.hub.bundle import MODULE
+from perflow_diffusers.hub.card import saved_card
 from perflow_diffusers.hub.documents import read_json
 from perflow_diffusers.hub.errors import PushError
 from perflow_diffusers.hub.fetch import check_token
@@ -32,7 +34,9 @@ def push_perflow(
     token: str | bool | None = None,
     exist_ok: bool = True,
 ) -> str:
-    """Create the repository if it does not exist and upload an artefact's folder, or an exported pipeline's.
+    """Create the repository if it does not exist and upload an artefact's folder, or a pipeline's.
+
+    A pipeline is what `export_pipeline` wrote, or `save_pretrained`; the latter gets a card if it has none.
 
     One commit, on `revision` (a branch; created if missing) or as a pull request. Only files that belong to it are
     uploaded. The card's snippet is made to load `repo_id`, and the licence is filled in: `licence`,
@@ -69,10 +73,13 @@ def files_to_push(folder: str | os.PathLike) -> list[str]:
     if not folder.is_dir():
         raise PushError(f"There is no folder {folder}. Save an artefact first: `artifact.save(folder)`.")
     if (folder / "model_index.json").is_file():
-        names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.suffix in _PIPELINE_FILES]
-        names += [name for name in ("scheduler/perflow_scheduler.py",) if (folder / name).is_file()]
-        names = [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
+        inside = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.suffix in _PIPELINE_FILES]
+        names = [p.as_posix() for p in inside if not any(part.startswith(".") for part in p.parts)]
+        names += [name for name in (f"scheduler/{MODULE}.py",) if (folder / name).is_file()]
+        names += [CARD] if CARD not in names else []
+        made = {CARD}
     else:
+        made = set()
         try:
             found = from_folder(folder, "all")
         except ValueError as error:
@@ -84,7 +91,7 @@ def files_to_push(folder: str | os.PathLike) -> list[str]:
         names += [f"images/{p.name}" for p in sorted(folder.glob("images/*")) if p.suffix in _PICTURES]
         if "prediction_type" not in found.fields:
             raise PushError(f"{folder} does not say how its weights were trained. Save the artefact again.")
-    missing = [name for name in (CARD, *names) if not (folder / name).is_file()]
+    missing = [name for name in names if not (folder / name).is_file() and name not in made]
     if missing:
         raise PushError(f"{folder} lacks {', '.join(missing)}. Save it again.")
     outside = [name for name in names if folder.resolve() not in (folder / name).resolve().parents]
@@ -95,7 +102,8 @@ def files_to_push(folder: str | os.PathLike) -> list[str]:
 
 def _card(folder: Path, repo_id: str, licence: str | None, api: hub.HfApi) -> hub.ModelCard:
     """The folder's card under its new name, with a licence."""
-    text = (folder / CARD).read_text(encoding="utf-8")
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else str(saved_card(repo_id))
     place = _OF_PIPELINE if (folder / "model_index.json").is_file() else _OF_ARTIFACT
     text = place.sub(lambda match: f'{match[1]}"{repo_id}"', text)
     card = hub.ModelCard(text, ignore_metadata_errors=True)
@@ -103,8 +111,8 @@ def _card(folder: Path, repo_id: str, licence: str | None, api: hub.HfApi) -> hu
     given = licence or said.get("license") or _base_licence(said.get("base_model"), api)
     if not given:
         raise PushError(
-            f"{folder / CARD} names no licence, and its base's is not known. Pass licence='...' (the base's own, e.g. "
-            "'creativeml-openrail-m'; weights made from 'cc-by-nc-4.0' ones stay so)."
+            f"The card of {folder} names no licence, and its base's is not known. Pass licence='...' (the base's own, "
+            "e.g. 'creativeml-openrail-m'; weights made from 'cc-by-nc-4.0' ones stay so)."
         )
     card.data["license"] = given
     return card
