@@ -9,8 +9,10 @@ from types import MappingProxyType
 import torch
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.adapter_config import adapter_configs
 from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.lora_layers import ADAPTER_METADATA, LoraLayer, adapter_metadata, lora_layers
+from perflow_diffusers.weights.lora_names import KOHYA_PREFIXES
 from perflow_diffusers.weights.source import WeightSource, open_weights
 
 __all__ = ["ADAPTER_METADATA", "RESIDUAL", "LoraLayer", "Rebuilt", "adapter_metadata", "as_delta", "lora_layers"]
@@ -71,6 +73,7 @@ def as_delta(source: WeightSource, shapes: Mapping[str, tuple[int, ...]] | None 
         return source
     if source.kind == "lora":
         return _lora_as_delta(source, shapes or {})
+    adapter_configs(source, KOHYA_PREFIXES)  # PEFT's other kinds, whose tensors have no names of LoRA's
     packed = [
         name for name, dtype in source.dtypes.items() if dtype == torch.int8 and f"{name}.scale" in source.shapes
     ]

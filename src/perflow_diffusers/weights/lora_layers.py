@@ -1,21 +1,16 @@
 """The layers of a LoRA in any layout, with their rank and alpha, and the config that diffusers stores for them."""
 
-import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from perflow_diffusers.weights import keys, lora_names
+from perflow_diffusers.weights.adapter_config import ADAPTER_METADATA, AdapterConfig, adapter_configs
 from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.source import WeightSource
 
-#: Header key under which diffusers stores the LoRA configs of a pipeline's parts, as JSON.
-ADAPTER_METADATA = "lora_adapter_metadata"
-
-_PATTERNS = " compiled"  # no key of a config, which has no blanks
-_WHOLE_NAME = re.compile(r"\^[\w.]+")
+__all__ = ["ADAPTER_METADATA", "LoraLayer", "adapter_metadata", "lora_layers"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +47,10 @@ def lora_layers(source: WeightSource, weights: Iterable[str] = ()) -> tuple[Lora
     from the adapter metadata in the header (or PEFT's `adapter_config.json` beside the file) with PEFT's rules for
     `rank_pattern`, `alpha_pattern` and `use_rslora`, else it is the rank.
 
-    Raises `WeightSourceError` for unknown, doubled or incomplete factors, and for DoRA, LoHa, LoKr and the like.
+    Raises `WeightSourceError` for unknown, doubled or incomplete factors, for DoRA, LoHa, LoKr and the like, and for a
+    config that `adapter_configs` refuses.
     """
+    configs = adapter_configs(source, lora_names.KOHYA_PREFIXES)
     _refuse_unsupported(source)
     modules = lora_names.flat_names(weights)
     parsed = {key: lora_names.parse(key, modules) for key in source}
@@ -80,8 +77,8 @@ def lora_layers(source: WeightSource, weights: Iterable[str] = ()) -> tuple[Lora
             f"{len(incomplete)} layers of {source.name} lack one of their two factors: {keys.grouped(incomplete)}. "
             "Download the file again."
         )
-    configs = _adapter_configs(source)
-    return tuple(_layer(source, places[place], configs.get(place[0], {})) for place in sorted(places))
+    plain = AdapterConfig()
+    return tuple(_layer(source, places[place], configs.get(place[0], plain)) for place in sorted(places))
 
 
 def adapter_metadata(modules: Mapping[str, tuple[int, float]], component: str = "unet") -> dict[str, Any]:
@@ -120,7 +117,7 @@ def _refuse_unsupported(source: WeightSource) -> None:
 
 
 def _layer(
-    source: WeightSource, parts: Mapping[str, tuple[str, lora_names.LoraName]], config: Mapping[str, Any]
+    source: WeightSource, parts: Mapping[str, tuple[str, lora_names.LoraName]], config: AdapterConfig
 ) -> LoraLayer:
     """One layer, its shapes checked."""
     down, up = parts["down"][0], parts["up"][0]
@@ -145,60 +142,9 @@ def _layer(
         )
     rank = shapes[0][0]
     if alpha_key is None:
-        alpha = _configured_alpha(name.module, rank, config)
+        alpha = config.alpha_of(name.module, rank)
     elif source.shapes[alpha_key] in ((), (1,)):
         alpha = float(source[alpha_key].item())
     else:
         raise WeightSourceError(f"{alpha_key} of {source.name} is not one number: {source.shapes[alpha_key]}.")
     return LoraLayer(name.component, name.module, down, up, mid, alpha_key, rank, alpha, name.prefix, name.original)
-
-
-def _configured_alpha(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    """alpha by PEFT's rules: the first pattern that matches the end of the name as a regular expression wins."""
-    alpha = config.get("lora_alpha")
-    for length, pattern, value in config.get(_PATTERNS, ()):
-        if length in (None, len(module)) and pattern.match(module):
-            alpha = value
-            break
-    if alpha is None:
-        return float(rank)
-    return float(alpha) * (rank**0.5 if config.get("use_rslora") else 1.0)
-
-
-def _compiled(patterns: Mapping[str, Any]) -> list[tuple[int | None, re.Pattern, float]]:
-    """(length of the names it can match if it is a whole name, pattern as PEFT applies it, alpha), in order."""
-    return [
-        (
-            len(text) - 1 if _WHOLE_NAME.fullmatch(text) else None,
-            re.compile(rf"(.*\.)?({text})$"),
-            float(value),
-        )
-        for text, value in patterns.items()
-    ]
-
-
-def _adapter_configs(source: WeightSource) -> dict[str, dict[str, Any]]:
-    """LoRA configs by component, from the header, or for PEFT's own layout from the file beside the weights."""
-    beside = source.files[0].with_name("adapter_config.json") if source.files else None
-    try:
-        if text := source.metadata.get(ADAPTER_METADATA):
-            given = json.loads(text)
-        elif beside and beside.is_file() and any(name.startswith("base_model.model.") for name in source):
-            given = {f"unet.{key}": value for key, value in json.loads(beside.read_text(encoding="utf-8")).items()}
-        else:
-            return {}
-        configs: dict[str, dict[str, Any]] = {component: {} for component in lora_names.KOHYA_PREFIXES}
-        for name, value in given.items():
-            component, dot, key = name.partition(".")
-            if dot and component in configs:
-                configs[component][key] = value
-            else:  # `save_lora_adapter` writes the config of a lone UNet, without its name
-                configs["unet"][name] = value
-        for config in configs.values():
-            config[_PATTERNS] = _compiled(config.get("alpha_pattern") or {})
-            float(config.get("lora_alpha") or 0)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise WeightSourceError(
-            f"The LoRA config of {source.name} cannot be read ({error}). Download or write the file again."
-        ) from error
-    return configs
