@@ -62,6 +62,10 @@ def test_overrides_win_over_the_file_and_keep_their_types():
         ("validation_prompts=[a dog", "`validation_prompts=[a dog` is not valid YAML"),
         ("lr_scheduler=cosin", "`lr_scheduler='cosin'` is not one of linear, cosine"),
         ("learning_rate=nan", "must be a finite number"),
+        ("learning_rate=1:30", "`learning_rate='1:30'` is not a number"),
+        ("seed=1:30", "`seed='1:30'` must be of type int"),
+        ("seed=yes", "`seed=True` must be of type int"),
+        ("min_image_size=0", "`min_image_size=0` must be at least 1"),
         ("huber_c=0", "`huber_c=0.0` must be positive"),
         ("max_grad_norm=-1", "`max_grad_norm=-1.0` must be positive"),
         ("ema_decay=1", "`ema_decay=1.0` must be at least 0 and below 1"),
@@ -96,6 +100,41 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path):
 def test_shares_of_timesteps_make_one_whole():
     with pytest.raises(ConfigError, match="sum must be at most 1"):
         load_config(None, [*NEEDED, "timestep_starts=0.7", "timestep_grid=0.4"])
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("mixed_precision=no", "no"),
+        ("train_captions=yes", "yes"),
+        ("output_dir=0123", "0123"),
+        ("dataset_revision=1e5", "1e5"),
+        ("dataset_revision=2024-01-01", "2024-01-01"),
+        ("revision=1234567", "1234567"),
+        ("revision=null", None),
+        ("revision='null'", "null"),
+        ("revision=~", None),
+        ("validation_prompts=[no, 5, 2024-01-01, a dog]", ["no", "5", "2024-01-01", "a dog"]),
+        ("lora_target_modules=[on]", ["on"]),
+        ("dataset_files=[1, no]", ["1", "no"]),
+        ("guidance_scale=[5, 9]", [5.0, 9.0]),
+        ("learning_rate=5e-4", 5e-4),
+        ("center_crop=yes", True),
+        ("seed=010", 10),
+        ("seed=-3", -3),
+        ("recommended_steps=[010, 4]", [10, 4]),
+    ],
+)
+@pytest.mark.parametrize("place", ["command line", "file"])
+def test_a_word_is_what_its_option_s_type_says(tmp_path, word, value, place):
+    """YAML takes `no` for false, 010 for eight and 2024-01-01 for a day; an option that is a text takes the text."""
+    name, _, written = word.partition("=")
+    (tmp_path / "my.yaml").write_text(f"{name}: {written}\n")
+    needed = [given for given in NEEDED if not given.startswith(name)]
+    given = (tmp_path / "my.yaml", needed) if place == "file" else (None, [*needed, word])
+    config = load_config(*given)
+    assert getattr(config, name) == value
+    assert type(getattr(config, name)) is type(value)
 
 
 def test_reference_file_is_what_the_classes_say():

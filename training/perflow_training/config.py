@@ -15,6 +15,7 @@ from diffusers.optimization import SchedulerType
 from perflow_diffusers.flow import METHODS, Windows
 
 from .data.options import SOURCES, DataError, DataOptions
+from .data.text import read_text
 
 
 class ConfigError(ValueError):
@@ -152,7 +153,11 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     """
     values: dict = {}
     if path is not None:
-        values = _yaml(Path(path).read_text(), f"{path}") or {}
+        try:
+            text = read_text(Path(path))
+        except DataError as error:
+            raise ConfigError(str(error)) from error
+        values = _yaml(text, f"{path}") or {}
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds no mapping of options. Write one `name: value` a line.")
     for word in overrides:
@@ -163,9 +168,26 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     return ready(config_of(values))
 
 
+@dataclass(frozen=True)
+class _Plain:
+    """A word of YAML without quotes: what was `written`, and the `value` that YAML takes it for (`no` for false)."""
+
+    written: str
+    value: object
+
+
+class _Loader(yaml.SafeLoader):
+    """Keeps both readings of plain words, for an option's type decides which is meant."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False):
+        value = super().construct_object(node, deep)
+        plain = isinstance(node, yaml.ScalarNode) and node.style is None and not isinstance(value, str)
+        return _Plain(node.value, value) if plain else value
+
+
 def _yaml(text: str, what: str):
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         said = str(error).splitlines()[0]
         raise ConfigError(f"{what} is not valid YAML: {said}. Texts with : # [ or {{ need quotes.") from error
@@ -202,8 +224,10 @@ def ready(config: TrainingConfig) -> TrainingConfig:
 
 
 def _cast(name: str, value, hint):
-    """The value as the option's type wants it: YAML reads 5e-4 as text and 1 as an integer."""
+    """The value as the option's type wants it: YAML reads 5e-4 as text, 1 as an integer and `no` as false."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, _Plain):
+        value = _meant(value, kinds)
     if value is None and (type(None) in kinds or str in kinds):
         return None if type(None) in kinds else ""  # `name=` is an empty text
     if isinstance(value, list):
@@ -225,6 +249,17 @@ def _cast(name: str, value, hint):
         return value
     expected = " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
     raise ConfigError(f"`{name}={value!r}` must be of type {expected}.")
+
+
+def _meant(word: _Plain, kinds: tuple):
+    """A plain word as options of these types read it; `null` and nothing at all stay what they are."""
+    if word.value is None:
+        return None
+    if str in kinds:
+        return word.written
+    if ":" in word.written:  # YAML: 1:30 is ninety
+        return word.written
+    return int(word.written) if int in kinds and word.written.isdecimal() else word.value  # YAML: 010 is eight
 
 
 def _check(config: TrainingConfig) -> None:

@@ -83,7 +83,12 @@ class EncodedFeed:
 
     def describe(self) -> dict[str, float]:
         report = self.stream.report
-        return {"missing_captions": report.missing_captions, "corrupt_images": report.corrupt}
+        return {
+            "missing_captions": report.missing_captions,
+            "unreadable_captions": report.unreadable_captions,
+            "corrupt_images": report.corrupt,
+            "small_images": report.too_small,
+        }
 
     def close(self) -> None:
         self.stream.close()

@@ -1,6 +1,8 @@
 """Colours, sizes and crops against Pillow used by hand, and against arithmetic."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -106,6 +108,79 @@ def test_other_colour_modes_become_rgb():
     assert np.asarray(load_rgb(saved(deep))).tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
     cmyk = Image.new("CMYK", (2, 2), (0, 255, 255, 0))
     assert np.asarray(load_rgb(saved(cmyk, "tiff")))[0, 0].tolist() == [255, 0, 0]
+
+
+WIDE = np.random.default_rng(5).random((6, 7))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "white"),
+    [
+        (WIDE.astype(np.float32), "tiff", 1.0),  # used to be black
+        ((WIDE * 255).astype(np.float32), "tiff", 255.0),
+        ((WIDE * 65535).astype(np.float32), "tiff", 65535.0),
+        ((WIDE * 65535).astype(np.uint16), "tiff", 65535.0),
+        ((WIDE * 65535).astype(np.uint16), "png", 65535.0),
+        ((WIDE * 65535).astype(np.int32), "tiff", 65535.0),
+        ((WIDE * 255).astype(np.int32), "tiff", 255.0),  # used to be black
+        ((WIDE * 65535).astype(np.int32), "ppm", 65535.0),
+        ((WIDE * 200).astype(np.int32), "ppm", 65535.0),  # a format that says what white is: dark it is
+    ],
+    ids=lambda value: str(getattr(value, "dtype", value)),
+)
+def test_grey_of_more_than_eight_bits_is_a_share_of_white(values, kind, white):
+    """The nearest of 256 levels to value / white, by arithmetic."""
+    rgb = np.asarray(load_rgb(saved(Image.fromarray(values), kind))).astype(float)
+    assert np.ptp(rgb, axis=2).max() == 0
+    assert np.abs(rgb[..., 0] - values.astype(np.float64) / white * 255).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("values", [[-0.5, 1.0], [0.0, 1e6], [0.0, float("nan")]])
+def test_floating_point_grey_without_a_known_range_is_refused(values):
+    with pytest.raises(ValueError, match="neither in the unit range nor in that of one or two bytes"):
+        load_rgb(saved(Image.fromarray(np.array([values], dtype=np.float32)), "tiff"))
+
+
+def test_a_transparent_level_of_sixteen_bit_grey_becomes_white():
+    levels = np.array([[0, 4000, 65535 - 257]], dtype=np.uint16)
+    rgb = np.asarray(load_rgb(saved(Image.fromarray(levels), transparency=4000)))
+    assert rgb[0, :, 0].tolist() == [0, 255, 254]
+
+
+def test_sixteen_bit_colour_is_eight_bit_colour_to_a_level():
+    """A PNG written by hand, for Pillow writes none; the expected levels are value / 257."""
+    values = np.random.default_rng(1).integers(0, 65536, (5, 6, 3), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 6, 5, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+    assert np.abs(np.asarray(load_rgb(data)).astype(float) - values / 257).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+def test_of_several_frames_the_first_is_taken(kind):
+    """Lossless, so that all pixels can be compared; GIF has a palette of 256 colours, which these need not exceed."""
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].putpixel((1, 2), (0, 255, 0))
+    options = {"lossless": True} if kind == "webp" else {}
+    data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert np.array_equal(np.asarray(load_rgb(data)), np.asarray(frames[0]))
+
+
+def test_colours_of_print_and_television_are_those_of_their_formulas():
+    """CMYK without a profile: (1 - c)(1 - k); YCbCr: JPEG's matrix (JFIF 1.02), in a JPEG of one colour."""
+    c, m, y, k = (np.array([20, 100, 200, 51]) / 255).tolist()
+    cmyk = Image.new("CMYK", (8, 8), (20, 100, 200, 51))
+    expected = np.array([(1 - share) * (1 - k) * 255 for share in (c, m, y)])
+    for kind, tolerance in (("tiff", 1), ("jpeg", 3)):
+        assert np.abs(np.asarray(load_rgb(saved(cmyk, kind)))[0, 0] - expected).max() <= tolerance
+    luma, blue, red = 120, 90, 160
+    television = Image.new("YCbCr", (8, 8), (luma, blue, red))
+    rgb = [luma + 1.402 * (red - 128), luma - 0.344136 * (blue - 128) - 0.714136 * (red - 128),
+           luma + 1.772 * (blue - 128)]  # fmt: skip
+    assert np.abs(np.asarray(load_rgb(saved(television, "jpeg")))[0, 0] - np.array(rgb)).max() <= 3
 
 
 def test_buckets_by_hand():

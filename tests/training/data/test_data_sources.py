@@ -1,7 +1,9 @@
 """Every layout of data gives the captions and pictures that were put in, and streams resume inside it."""
 
+import gzip
 import io
 import json
+import re
 import tarfile
 
 import datasets
@@ -149,6 +151,30 @@ def test_a_shard_that_cannot_be_read_is_named(tmp_path):
         stream = open_examples(DataOptions(train_shards=shards, dataloader_num_workers=0), seed=0, with_images=False)
         with pytest.raises(DataError, match="cannot be read"):
             stream.batch(1)
+
+
+@pytest.mark.parametrize("form", ["plain", "gz", "pipe"])
+@pytest.mark.parametrize("blocks", range(1, 13))
+def test_a_shard_that_was_cut_is_never_a_shorter_shard(tmp_path, form, blocks):
+    """Cut after each of its 512-byte blocks: one that ends between two files looks whole to `tarfile`."""
+    pytest.importorskip("webdataset")
+    make_tars(tmp_path)
+    whole = (tmp_path / "part-0.tar").read_bytes()
+    data = sum(1 for number in range(0, len(whole), 512) if any(whole[number : number + 512]))
+    cut = whole[: 512 * blocks]
+    if form == "gz":
+        cut = gzip.compress(cut)
+    (tmp_path / "cut.tar").write_bytes(cut)
+    shards = f"pipe:cat {tmp_path / 'cut.tar'}" if form == "pipe" else str(tmp_path / "cut.tar")
+
+    def read():
+        return open_examples(DataOptions(train_shards=shards, **PLAIN), seed=0, with_images=True).batch(3)
+
+    if blocks > data:  # the files are whole, and one closing block is there
+        assert sorted(numbers(read())) == [0, 1, 2]
+    else:
+        with pytest.raises(DataError, match=re.escape(str(tmp_path / "cut.tar"))):
+            read()
 
 
 def streamed(kind, tmp_path, **options) -> DataOptions:

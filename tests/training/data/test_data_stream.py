@@ -143,6 +143,21 @@ def test_corrupt_pictures_and_missing_captions_are_counted_and_left_out(folder_o
     assert "missing captions" in messages[0]
 
 
+@pytest.mark.parametrize(("least", "left"), [(16, {0, 3, 4}), (2, {0, 2, 3, 4}), (1, {0, 1, 2, 3, 4})])
+def test_pictures_below_a_size_are_counted_and_left_out(folder_options, caplog, least, left):
+    """A tracking pixel, a rule between paragraphs, one just large enough, and larger ones; upright sizes count."""
+    sizes = ((20, 24), (1, 1), (2, 300), (16, 17), (40, 30))
+    stream = open_examples(folder_options(5, sizes=sizes, min_image_size=least), seed=0, with_images=True)
+    with caplog.at_level(logging.INFO):
+        assert set(numbers(stream.batch(len(left)))) == left
+        stream.batch(len(left))
+        stream.batch(1)  # of the third epoch
+    assert 2 * (5 - len(left)) <= stream.report.too_small <= 3 * (5 - len(left))
+    assert dict(stream.report.reasons) == (
+        {f"its shorter side is below `min_image_size={least}`": stream.report.too_small} if len(left) < 5 else {}
+    )
+
+
 def test_counts_of_one_epoch_are_exact(folder_options):
     """Up to the first example of the second epoch, whose own failures (in its order before it) are known."""
     options = folder_options(20, missing=(3, 7), corrupt=(0, 5, 11))

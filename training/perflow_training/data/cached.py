@@ -17,7 +17,7 @@ from .encoders import to_latents
 from .manifest import EMPTY_PROMPT, OPTIONS, check_files, check_same, read_manifest
 from .options import SOURCES, DataError, DataOptions
 from .order import IndexedOrder
-from .report import DataReport, Watch
+from .report import FAILURES, DataReport, Watch
 from .sources import open_source
 
 OPEN_FILES = 64  # at once: systems allow a process some hundreds
@@ -141,9 +141,7 @@ class CachedStream:
     @property
     def report(self) -> DataReport:
         """Rows used since this stream was opened; what was skipped when the cache was made."""
-        skipped = {
-            kind: self.manifest["skipped"].get(kind, 0) for kind in ("missing_captions", "unreadable", "broken")
-        }
+        skipped = {kind: self.manifest["skipped"].get(kind, 0) for kind in FAILURES}
         return DataReport(epoch=self._epoch, used=self._used, **skipped)
 
     def state_dict(self) -> dict:

@@ -24,21 +24,41 @@ def load_rgb(image: Path | bytes) -> Image.Image:
     """The decoded picture: upright by its EXIF orientation, transparent parts white. Raises what Pillow raises."""
     with _open(image) as opened:
         opened.load()
-        return _rgb(ImageOps.exif_transpose(opened))
+        return _rgb(ImageOps.exif_transpose(opened), opened.format)
 
 
 def _open(image: Path | bytes) -> Image.Image:
     return Image.open(BytesIO(image) if isinstance(image, bytes) else image)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, file_format: str | None) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _eight_bits(image, file_format).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    if image.mode.startswith("I"):  # 16 bits a grey pixel: Pillow would cut them off at 255
-        image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image, file_format: str | None) -> Image.Image:
+    """Grey of more than 8 bits a pixel, which Pillow would cut off at 255; transparent pixels become white.
+
+    Where the file does not say what white is (floating point, 32 bits), the values do: 1, 255 or 65535, the least that
+    holds them all. Raises ValueError for values that are none of these.
+    """
+    values = np.asarray(image).astype(np.float64)
+    white = 65535.0
+    if image.mode == "F" or (image.mode == "I" and file_format == "TIFF"):
+        low, high = float(values.min()), float(values.max())
+        whites = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        white = next((most for most in whites if low >= 0 and high <= most), 0.0)
+        if not white:
+            raise ValueError("grey values that lie neither in the unit range nor in that of one or two bytes")
+    grey = np.floor(values * (255 / white) + 0.5).astype(np.uint8)
+    if isinstance(image.info.get("transparency"), int):
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
 
 
 def covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:

@@ -15,7 +15,9 @@ NAME = "manifest.json"
 FORMAT = "perflow-cache-1"
 EMPTY_PROMPT = "empty_prompt.safetensors"
 #: options that change what is encoded, beside the source itself
-OPTIONS = ("resolution", "center_crop", "random_flip", "aspect_buckets", "bucket_step", "bucket_max_ratio")
+OPTIONS = (
+    "resolution", "min_image_size", "center_crop", "random_flip", "aspect_buckets", "bucket_step", "bucket_max_ratio",
+)  # fmt: skip
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -46,6 +48,8 @@ def check_same(folder: Path, manifest: dict, wanted: dict) -> None:
     """Raise DataError naming the first thing in which a cache was made otherwise than `wanted` says."""
     way_out = f"Set `train_cache_dir` to another folder, or delete {folder} and make it again."
     for name, value in wanted.items():
+        if name == "min_image_size" and name not in manifest:
+            continue  # older than the option
         made = manifest.get(name)
         if name == "model":
             if not same_model(made, value):

@@ -35,6 +35,7 @@ class DataOptions:
     image_column: str = "image"  # of tables
     caption_column: str = ""  # empty: `caption`, else `text`
     resolution: int = 0  # of the shorter side; 0: the network's own size
+    min_image_size: int = 16  # pictures with a shorter side are left out and counted; 1: none is too small
     center_crop: bool = False  # otherwise a random crop
     random_flip: bool = False  # mirrors half of the pictures
     aspect_buckets: bool = False  # sizes of many shapes and of nearly the same area, as SDXL was trained
@@ -46,6 +47,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name, least in (
             ("resolution", 0),
+            ("min_image_size", 1),
             ("bucket_step", 8),
             ("shuffle_buffer", 1),
             ("dataloader_num_workers", 0),

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from .options import DataError
 
 FIRST = 200  # examples after which a bad dataset is recognised at the latest
+#: the fields of DataReport that count what was left out
+FAILURES = ("missing_captions", "unreadable_captions", "unreadable", "too_small", "broken")
 IN_A_ROW = 5000  # unusable examples in a row after which something must be wrong (a disk that went away)
 
 
@@ -13,15 +15,18 @@ IN_A_ROW = 5000  # unusable examples in a row after which something must be wron
 class DataReport:
     """What one process has seen so far, over all epochs.
 
-    `missing_captions` and `unreadable` (no picture by its header) are noticed by every process and left out of the
-    order. `broken` pictures (a good header, bad pixels) are noticed by the process that decodes them, and the next
-    good picture of the global batch stands in for each.
+    `missing_captions`, `unreadable_captions` (no UTF-8 text), `unreadable` (no picture by its header) and `too_small`
+    pictures (`min_image_size`) are noticed by every process and left out of the order. `broken` pictures (a good
+    header, bad pixels) are noticed by the process that decodes them, and the next good picture of the global batch
+    stands in for each.
     """
 
     epoch: int = 0
     used: int = 0
     missing_captions: int = 0
+    unreadable_captions: int = 0
     unreadable: int = 0
+    too_small: int = 0
     broken: int = 0
     reasons: tuple[tuple[str, int], ...] = ()  # most frequent first
     example: str = ""  # the first that could not be used, and why
@@ -33,7 +38,9 @@ class DataReport:
 
     def __str__(self) -> str:
         text = (
-            f"data: {self.used} examples used, {self.missing_captions} missing captions, {self.corrupt} corrupt images"
+            f"data: {self.used} examples used, {self.missing_captions} missing captions, "
+            f"{self.unreadable_captions} unreadable captions, {self.corrupt} corrupt images, "
+            f"{self.too_small} small images"
         )
         return f"{text} (first: {self.example})" if self.example else text
 

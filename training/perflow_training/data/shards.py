@@ -1,13 +1,20 @@
 """Webdataset shards: tar files in which the parts of an example share a name."""
 
 import json
+import os
+import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import IO
 
 from .options import DataError
-from .sources import PICTURES, Record, caption_of, digest
+from .sources import PICTURES, Record, caption_of, digest, own_caption
+
+CUT = "without the empty blocks that close a tar: cut short, though between two of its files"
+#: webdataset's own notes in a shard, which belong to no example
+_META = re.compile(r"__[^/]*__($|/)")
 
 
 class TarSource:
@@ -27,13 +34,13 @@ class TarSource:
         try:
             from braceexpand import braceexpand
             from webdataset.gopen import gopen, set_options
-            from webdataset.tariterators import group_by_keys, tar_file_expander
+            from webdataset.tariterators import group_by_keys
         except ImportError as error:
             raise DataError(
                 "`train_shards` needs the library webdataset. Install it (pip install webdataset)."
             ) from error
         self._open, self._set_options = gopen, set_options
-        self._expand, self._group = tar_file_expander, group_by_keys
+        self._group = group_by_keys
         self.caption_column = caption_column
         given = [patterns] if isinstance(patterns, str) else patterns
         self.urls = [url for pattern in given for url in braceexpand(pattern)]
@@ -42,6 +49,12 @@ class TarSource:
             raise DataError(
                 f"`train_shards={patterns}`: {len(gone)} of {len(self.urls)} files are not there, e.g. "
                 f"{gone[0] if gone else '(the list is empty)'}."
+            )
+        cut = [url for url in self.urls if not _is_remote(url) and _is_cut(Path(url))]
+        if cut:
+            raise DataError(
+                f"`train_shards={patterns}`: {len(cut)} of {len(self.urls)} files end {CUT}, e.g. {cut[0]}. "
+                "Copy them anew, or take them off the list."
             )
 
     @property
@@ -54,8 +67,7 @@ class TarSource:
         try:
             with closing(self._open(url, "rb")) as stream:
                 try:
-                    parts = self._expand([{"url": url, "stream": stream}])
-                    for number, sample in enumerate(self._group(parts)):
+                    for number, sample in enumerate(self._group(_parts(stream, url))):
                         if number >= start:
                             yield self._record(sample)
                     while stream.read(1 << 20):  # what follows the tar's end; a command may fail even there
@@ -68,23 +80,69 @@ class TarSource:
 
     def _record(self, sample: dict) -> Record:
         image = next((data for ending, data in sample.items() if f".{ending.rpartition('.')[2]}" in PICTURES), None)
-        return Record(f"{sample['__url__']}: {sample['__key__']}", self._caption(sample), image)
+        caption, problem = self._caption(sample)
+        return Record(f"{sample['__url__']}: {sample['__key__']}", caption, image, problem)
 
-    def _caption(self, sample: dict) -> str | list[str] | None:
+    def _caption(self, sample: dict) -> tuple[str | list[str] | None, str]:
+        """(caption, why it cannot be used)."""
         ending = self.caption_column or "txt"
         if ending in sample:
-            return sample[ending].decode("utf-8", errors="replace")
-        if "json" in sample:
-            try:
-                row = json.loads(sample["json"])
-            except ValueError:
-                return None
-            return caption_of(row, self.caption_column) if isinstance(row, dict) else None
-        return None
+            return own_caption(sample[ending], f"its .{ending}")
+        if "json" not in sample:
+            return None, ""
+        text, problem = own_caption(sample["json"], "its .json")
+        if text is None:
+            return None, problem
+        try:
+            row = json.loads(text)
+            return caption_of(row if isinstance(row, dict) else {}, self.caption_column), ""
+        except DataError as error:
+            return None, f"in its .json {error}"
+        except ValueError:
+            return None, "its .json is not JSON"
 
     def fingerprint(self) -> str:
         """Names of all shards, and the sizes of those on this disk."""
         return digest([url] if _is_remote(url) else [Path(url).name, Path(url).stat().st_size] for url in self.urls)
+
+
+class _Header(tarfile.TarInfo):
+    """A member whose archive remembers having met the blocks that close a tar."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            archive.closed_by_its_mark = True
+            raise
+
+
+def _parts(stream: IO[bytes], url: str) -> Iterator[dict]:
+    """Files of a tar as webdataset groups them. Raises DataError where it ends without the mark that closes a tar.
+
+    `tarfile` itself, and webdataset with it, takes a file that was cut between two members for a shorter one.
+    """
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
+        for member in archive:
+            archive.members = []  # a list of all of them is of no use in a stream
+            if member.isreg() and not _META.match(member.name):
+                yield {"fname": member.name, "data": archive.extractfile(member).read(), "__url__": url}
+    if not getattr(archive, "closed_by_its_mark", False):
+        raise tarfile.ReadError(f"it ends {CUT}")
+    yield {}  # groups end here
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a plain tar ends on a block that is not empty: cut between two members, if it is one at all."""
+    size = path.stat().st_size
+    if size < tarfile.BLOCKSIZE or size % tarfile.BLOCKSIZE:
+        return False  # no tar, compressed, or cut within a block, which reading shows
+    with path.open("rb") as file:
+        if file.read(tarfile.BLOCKSIZE)[257:262] != b"ustar":
+            return False
+        file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
+        return any(file.read(tarfile.BLOCKSIZE))
 
 
 def _is_remote(url: str) -> bool:

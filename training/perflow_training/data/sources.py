@@ -6,21 +6,27 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Protocol
 
 from .options import DataError, DataOptions
+from .text import decoded, read_text, text_fault
 
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 
 
 @dataclass(frozen=True)
 class Record:
-    """One example before anything is decoded; `caption` is None, text or several texts to choose from."""
+    """One example before anything is decoded; `caption` is None, text or several texts to choose from.
+
+    `problem` says why there is a caption that cannot be used.
+    """
 
     name: str
     caption: str | list[str] | None
     image: Path | bytes | None
+    problem: str = ""
 
 
 class IndexedSource(Protocol):
@@ -55,12 +61,26 @@ def digest(parts: Iterable[object]) -> str:
 
 
 def caption_of(row: dict, column: str) -> str | list[str] | None:
-    """The caption in a row of a table: `column`, or where that is empty `caption` or `text`."""
+    """The caption in a row of a table: `column`, or where that is empty `caption` or `text`.
+
+    Raises DataError for something that is neither text nor a list of texts (numbers are written out).
+    """
     for name in (column,) if column else ("caption", "text"):
         if row.get(name) is not None:
             value = row[name]
-            return [str(text) for text in value] if isinstance(value, (list, tuple)) else str(value)
+            texts = list(value) if isinstance(value, (list, tuple)) else [value]
+            texts = [text for text in texts if text is not None]
+            odd = [text for text in texts if isinstance(text, bool) or not isinstance(text, (str, int, float))]
+            if odd:
+                raise DataError(f"`{name}` holds {type(odd[0]).__name__}, and a caption is text or a list of texts")
+            return [str(text) for text in texts] if isinstance(value, (list, tuple)) else str(value)
     return None
+
+
+def own_caption(data: bytes, what: str) -> tuple[str | None, str]:
+    """(caption, problem) of a text that belongs to one example alone: a bad one is left out and counted."""
+    fault = text_fault(data)
+    return (decoded(data, what), "") if fault is None else (None, f"{what} is {fault.what}. {fault.way_out}")
 
 
 class TextSource:
@@ -70,7 +90,7 @@ class TextSource:
 
     def __init__(self, path: Path):
         self.path = path
-        self.captions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        self.captions = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         if not self.captions:
             raise DataError(f"`train_captions={path}` holds no captions. Write one a line.")
 
@@ -112,24 +132,23 @@ class FolderSource:
             raise DataError(f"`train_data_dir={folder}` holds no pictures ({endings}) and no metadata of such.")
 
     def _read_metadata(self, path: Path, place: Path, caption_column: str) -> None:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                rows = list(csv.DictReader(file))
-            else:
-                try:
-                    rows = [json.loads(line) for line in file if line.strip()]
-                except ValueError as error:
-                    raise DataError(f"{path} is not one JSON object a line: {error}.") from error
-        columns = {column for row in rows for column in row}
+        rows = list(_csv_rows(path) if path.suffix == ".csv" else _json_rows(path))
+        columns = {column for _, row in rows for column in row}
         wanted = {caption_column} if caption_column else {"caption", "text"}
         if rows and ("file_name" not in columns or not columns & wanted):
             raise DataError(
                 f"{path} has the columns {', '.join(sorted(columns))}; it needs `file_name` and "
                 f"{' or '.join(sorted(wanted))}. Set `caption_column` if the captions stand elsewhere."
             )
-        for row in rows:
-            name = os.path.normpath((place / row["file_name"]).as_posix()).replace(os.sep, "/")
-            self.captions[name] = caption_of(row, caption_column)
+        for line, row in rows:
+            file_name = row.get("file_name")
+            if not isinstance(file_name, str) or not file_name:
+                raise DataError(f"{path}, line {line}: `file_name={file_name!r}` does not name a picture.")
+            name = os.path.normpath((place / file_name).as_posix()).replace(os.sep, "/")
+            try:
+                self.captions[name] = caption_of(row, caption_column)
+            except DataError as error:
+                raise DataError(f"{path}, line {line}: {error}.") from error
 
     def __len__(self) -> int:
         return len(self.names)
@@ -137,10 +156,10 @@ class FolderSource:
     def __getitem__(self, index: int) -> Record:
         name = self.names[index]
         path = self.folder / name
-        caption = self.captions.get(name)
+        caption, problem = self.captions.get(name), ""
         if caption is None and (beside := path.with_suffix(".txt")).is_file():
-            caption = beside.read_text(encoding="utf-8", errors="replace")
-        return Record(name, caption, path)
+            caption, problem = own_caption(beside.read_bytes(), "the text file beside it")
+        return Record(name, caption, path, problem)
 
     def fingerprint(self) -> str:
         """Names, sizes and captions: not the place of the folder nor the times of its files."""
@@ -148,6 +167,35 @@ class FolderSource:
             (name, record.caption, record.image.stat().st_size if record.image.is_file() else None)
             for name, record in ((name, self[index]) for index, name in enumerate(self.names))
         )
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line, row) of a CSV file with a heading. Raises DataError naming the line."""
+    rows = csv.DictReader(StringIO(read_text(path), newline=""), strict=True)
+    try:
+        for row in rows:
+            if None in row:
+                raise DataError(
+                    f"{path}, line {rows.line_num} has more fields than the heading's {len(row) - 1}. Put texts with "
+                    "commas into double quotes."
+                )
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise DataError(f"{path}, line {rows.reader.line_num}: {error}. Is a double quote left open?") from error
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line, object) of a file with one JSON object a line. Raises DataError naming the line."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number} is not JSON: {error}. Write one object a line.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number} is a JSON {type(row).__name__}. Write one object a line.")
+        yield number, row
 
 
 def open_source(options: DataOptions, *, with_images: bool) -> Source:

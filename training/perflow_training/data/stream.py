@@ -14,7 +14,7 @@ from .example import Example
 from .images import fit, load_rgb, read_size
 from .options import DataError, DataOptions
 from .order import Drawn, IndexedOrder, Order, ShardedOrder
-from .report import DataReport, Failure, Watch
+from .report import FAILURES, DataReport, Failure, Watch
 from .sources import Record, Source, open_source
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,9 @@ class Cropper:
 
     def size(self, record: Record) -> Size | Failure:
         """The (height, width) that the example will have, or why there will be none: caption and header are read."""
+        options = self.options
+        if record.problem:
+            return Failure("unreadable_captions", record.problem, record.name)
         texts = record.caption if isinstance(record.caption, list) else [record.caption]
         if not any(text and text.strip() for text in texts):
             return Failure("missing_captions", "no caption", record.name)
@@ -51,6 +54,10 @@ class Cropper:
             size = read_size(record.image)
         except Exception as error:  # Pillow's readers raise whatever a broken header leads them to
             return Failure("unreadable", reason_of(error, record.image), record.name)
+        if min(size) < options.min_image_size:
+            return Failure(
+                "too_small", f"its shorter side is below `min_image_size={options.min_image_size}`", record.name
+            )
         return nearest_bucket(size, self.buckets)
 
     def example(self, drawn: Drawn, target: Size) -> Example | Failure:
@@ -130,7 +137,7 @@ class ExampleStream:
             workers=options.dataloader_num_workers,
         )
         self._pixels = Watch(total)
-        self._counts = dict.fromkeys(("used", "missing_captions", "unreadable", "broken"), 0)
+        self._counts = dict.fromkeys(("used", *FAILURES), 0)
         self._reasons: dict[str, int] = {}
         self._example = ""
         self._epoch = 0
@@ -167,6 +174,8 @@ class ExampleStream:
         return None, first
 
     def _note(self, failure: Failure) -> None:
+        if failure.kind == "unreadable_captions" and not self._counts[failure.kind]:
+            logger.warning("A caption cannot be read and is left out; others are only counted. %s", failure)
         self._counts[failure.kind] += 1
         self._reasons[failure.reason] = self._reasons.get(failure.reason, 0) + 1
         self._example = self._example or str(failure)

@@ -1,14 +1,30 @@
 """Sources read by the `datasets` library: local tables, saved datasets, the Hub; whole or streamed."""
 
+import csv
 import hashlib
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Image, IterableDataset, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetsError
 
 from .options import DataError, DataOptions
 from .sources import Record, Source, caption_of, digest
+from .text import check_text, decoded
 
 #: endings of files that are tables, and the builder of `datasets` that reads them
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
@@ -26,7 +42,17 @@ def is_saved(folder: Path) -> bool:
 
 def table_file(path: Path, options: DataOptions, with_images: bool) -> Source:
     builder = BUILDERS[path.suffix.lower()]
-    table = load_dataset(builder, data_files=str(path), split="train", streaming=options.dataset_streaming)
+    reading: dict[str, Any] = {}
+    if builder in ("csv", "json"):
+        check_text(path)
+    if builder == "csv":  # every field is text: pandas would take `no` for text, `None` for nothing and 007 for 7
+        names = _heading(path)
+        reading = {"features": Features({name: Value("string") for name in names}), "keep_default_na": False}
+    with _named(f"{path}", path if builder == "json" else None):
+        table = load_dataset(
+            builder, data_files=str(path), split="train", streaming=options.dataset_streaming, **reading
+        )
+        _first(table)
     return _source(table, options, with_images, [builder, path.name, path.stat().st_size])
 
 
@@ -44,7 +70,7 @@ def named_dataset(options: DataOptions, with_images: bool) -> Source:
     folder = Path(options.dataset_name)
     if folder.is_dir() and is_saved(folder):
         return saved_dataset(folder, options, with_images)
-    try:
+    with _named(f"`dataset_name={options.dataset_name}`"):
         table = load_dataset(
             options.dataset_name,
             options.dataset_config_name,
@@ -53,10 +79,54 @@ def named_dataset(options: DataOptions, with_images: bool) -> Source:
             split=options.dataset_split,
             streaming=options.dataset_streaming,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"`dataset_name={options.dataset_name}` could not be opened: {error}") from error
+        _first(table)
     names = ("dataset_name", "dataset_config_name", "dataset_revision", "dataset_split", "dataset_files")
     return _source(table, options, with_images, [getattr(options, name) for name in names])
+
+
+@contextmanager
+def _named(what: str, lines: Path | None = None) -> Iterator[None]:
+    """Errors of `datasets` and of the readers behind it as DataError, with the line of a broken JSON file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, DatasetsError) as error:
+        cause = error.__cause__ or error  # behind "An error occurred while generating the dataset"
+        where = _broken_line(lines) if lines is not None else ""
+        raise DataError(f"{what} could not be opened: {where or cause}") from error
+
+
+def _first(table: Dataset | IterableDataset) -> None:
+    """Reads the first row of a stream, so that a file that is none is noticed before training."""
+    if isinstance(table, IterableDataset):
+        next(iter(table), None)
+
+
+def _broken_line(path: Path) -> str:
+    """Which line of a file of JSON objects is none; empty for a file that is one JSON text."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            text = decoded(line, path).strip() if number == 1 else line.decode("utf-8").strip()
+            if number == 1 and text.startswith("["):
+                return ""
+            try:
+                row = json.loads(text) if text else {}
+            except ValueError as error:
+                return f"line {number} is not JSON: {error}. Write one object a line."
+            if not isinstance(row, dict):
+                return f"line {number} is a JSON {type(row).__name__}. Write one object a line."
+    return ""
+
+
+def _heading(path: Path) -> list[str]:
+    """The names of a CSV file's columns."""
+    with path.open("rb") as file:
+        first = decoded(file.readline(), path)
+    names = next(csv.reader(StringIO(first)), [])
+    if not names or len(set(names)) < len(names):
+        raise DataError(f"{path}, line 1: the heading must name each column once, and is {first.strip()!r}.")
+    return names
 
 
 def _source(table: Dataset | IterableDataset, options: DataOptions, with_images: bool, origin: list) -> Source:
@@ -79,17 +149,22 @@ def _source(table: Dataset | IterableDataset, options: DataOptions, with_images:
     table = table.select_columns([caption, image] if with_images else [caption])
     if with_images and isinstance((table.features or {}).get(image), Image):
         table = table.cast_column(image, Image(decode=False))
+    kind = (table.features or {}).get(caption)
+    classes = kind.names if isinstance(kind, ClassLabel) else []
     make = StreamedTable if isinstance(table, IterableDataset) else StoredTable
-    return make(table, caption, image if with_images else None, image is not None, origin)
+    return make(table, caption, image if with_images else None, image is not None, origin, classes)
 
 
 class _Table:
-    def __init__(self, table, caption: str, image: str | None, has_images: bool, origin: list):
+    def __init__(
+        self, table, caption: str, image: str | None, has_images: bool, origin: list, classes: list[str] | None = None
+    ):
         self.table = table
         self.caption = caption
         self.image = image
         self.has_images = has_images
         self.origin = origin
+        self.classes = classes  # names of what the caption column numbers
 
     def _record(self, row: dict[str, Any], name: str) -> Record:
         picture = None if self.image is None else row[self.image]
@@ -99,6 +174,8 @@ class _Table:
             picture = picture.get("bytes") or path
         if isinstance(picture, str):
             picture = _bytes_of(picture) if "://" in picture and "::" in picture else Path(picture)
+        if self.classes and row[self.caption] is not None:
+            return Record(name, self.classes[row[self.caption]], picture)
         return Record(name, caption_of(row, self.caption), picture)
 
 
