@@ -3,14 +3,18 @@
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 
-from perflow_diffusers import load_miniature
+from perflow_diffusers import PeRFlowScheduler, load_miniature
 from perflow_training.backbone import (
     decode_latents,
     encode_empty,
@@ -101,8 +105,46 @@ def test_paths_of_stock_schedulers():
         assert path.zero_terminal_snr
         torch.testing.assert_close(path.alpha[1:] ** 2, rescaled.alphas_cumprod.double(), rtol=1e-5, atol=1e-9)
     assert path_of(EulerDiscreteScheduler(**betas, rescale_betas_zero_snr=True))[0].zero_terminal_snr
-    path, prediction, offset = path_of(FlowMatchEulerDiscreteScheduler())
-    assert (prediction, offset, float(path.sigma[250])) == ("flow", 0, 0.25)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"set_alpha_to_one": True}, {"set_alpha_to_one": False}, {"beta_schedule": "squaredcos_cap_v2"}]
+)
+def test_the_student_is_trained_on_the_path_that_it_is_sampled_on(options):
+    """Down to the clean end, where a scheduler's default is not the sampler's."""
+    for kind in (DDIMScheduler, EulerDiscreteScheduler):
+        given = {key: value for key, value in options.items() if kind is DDIMScheduler or key != "set_alpha_to_one"}
+        stock = kind(**given)
+        sampler = PeRFlowScheduler.from_config(stock.config, prediction_type="ddim_eps")
+        assert torch.equal(path_of(stock)[0].alpha, sampler.path.alpha)
+        assert torch.equal(path_of(stock)[0].sigma, sampler.path.sigma)
+
+
+class OtherLevels(DDIMScheduler):
+    """Changes its noise levels without a word in its config."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.alphas_cumprod = self.alphas_cumprod**2
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (lambda: FlowMatchEulerDiscreteScheduler(), "cannot be trained on. .*flow matching"),
+        (lambda: UniPCMultistepScheduler(use_flow_sigmas=True), "flow matching"),
+        (lambda: EulerDiscreteScheduler(timestep_type="continuous"), "continuous noise levels"),
+        (lambda: EDMEulerScheduler(), "EDM"),
+        (lambda: CogVideoXDDIMScheduler(), "shifted noise levels"),
+        (lambda: DDPMScheduler(beta_schedule="sigmoid"), "`beta_schedule='sigmoid'`"),
+        (lambda: OtherLevels(), "OtherLevels has other noise levels than its config says"),
+    ],
+)
+def test_a_base_that_no_sampler_could_follow_is_refused_before_training(scheduler, words):
+    pipe = load_miniature()
+    pipe.scheduler = scheduler()
+    with pytest.raises(ConfigError, match=words):
+        teacher_of(pipe)
 
 
 def test_latents_are_the_posterior_s_scaled_draw():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from perflow_diffusers.flow import NoisePath
 from perflow_diffusers.flow.path import like
+from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 
 from .conditions import Conditions
 from .config import ConfigError
@@ -21,8 +22,8 @@ Sizes = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 class Backbone:
     """`network(z, timestep, **conditions)` predicts `prediction` on `path`.
 
-    A DDPM-trained network was told `i - 1` at path index `i` (`index_offset=-1`); PeRFlow students and flow-matching
-    networks are told `i`. `dtype` is what the network computes in; states keep theirs.
+    A DDPM-trained network was told `i - 1` at path index `i` (`index_offset=-1`); PeRFlow students are told `i`.
+    `dtype` is what the network computes in; states keep theirs.
     """
 
     network: torch.nn.Module
@@ -63,26 +64,24 @@ class Backbone:
 
 
 def path_of(scheduler, rescale_betas_zero_snr: bool = False) -> tuple[NoisePath, str, int]:
-    """(path, what the network predicts, index offset) of a pipeline's own scheduler."""
-    config = scheduler.config
-    if not hasattr(scheduler, "alphas_cumprod"):
-        if "FlowMatch" not in type(scheduler).__name__:
-            raise ConfigError(
-                f"The pipeline's scheduler {type(scheduler).__name__} has no `alphas_cumprod` and is not a "
-                "flow-matching one. Save the pipeline with the scheduler it was trained with, e.g. DDIMScheduler."
-            )
-        return NoisePath.straight(config.num_train_timesteps), "flow", 0
-    alphas = scheduler.alphas_cumprod.double().clone()
-    if config.get("rescale_betas_zero_snr", False):
-        alphas[-1] = 0.0  # some schedulers keep 2**-24 there for their own divisions
-    to_one = bool(config.get("set_alpha_to_one", False))
-    if rescale_betas_zero_snr and alphas[-1] > 0:
-        path = NoisePath.from_betas(
-            len(alphas), trained_betas=scheduler.betas, set_alpha_to_one=to_one, rescale_betas_zero_snr=True
+    """(path, what the network predicts, index offset) of a pipeline's own scheduler.
+
+    It is the path on which the student will be sampled. Raises ConfigError for a scheduler that PeRFlow's refuses.
+    """
+    config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+    rescaled = {"rescale_betas_zero_snr": True} if rescale_betas_zero_snr else {}
+    try:
+        sampler = PeRFlowScheduler.from_config(config, perflow_type="velocity", **rescaled)
+    except ValueError as error:
+        raise ConfigError(f"The teacher's scheduler cannot be trained on. {error}") from error
+    own = getattr(scheduler, "alphas_cumprod", sampler.alphas_cumprod).to("cpu")
+    # Some schedulers keep 2**-24 for a last 0, for their own divisions.
+    if not rescaled and (own.double() - sampler.alphas_cumprod).abs().max() > 2**-20:
+        raise ConfigError(
+            f"{type(scheduler).__name__} has other noise levels than its config says, so that no sampler could follow "
+            "the student. Save the pipeline with the scheduler that it was trained with, e.g. DDIMScheduler."
         )
-    else:
-        path = NoisePath.from_alphas_cumprod(alphas, set_alpha_to_one=to_one)
-    return path, config.get("prediction_type", "epsilon"), -1
+    return sampler.path, sampler.config.prediction_type or "epsilon", -1
 
 
 def teacher_of(pipe: DiffusionPipeline, rescale_betas_zero_snr: bool = False) -> Backbone:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,14 +23,12 @@ from torch import Tensor
 
 from ..flow import PREDICTION_TYPES, NoisePath, Windows, clean_estimate, euler, marginal
 from ..flow.chord import check_prediction_type
+from .base_config import NETWORK_FACTS, refusal, with_defaults
 
 Numbers = tuple[float, float, float, float]
 
 # What the network of a stock pipeline may predict, in the words of diffusers' `prediction_type`.
 BASE_TYPES = ("epsilon", "sample", "v_prediction")
-
-# Facts about the base network rather than choices of a sampler: never left to whichever scheduler reads the config.
-NETWORK_FACTS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
 @dataclass
@@ -135,13 +134,21 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A scheduler from any diffusers scheduler's config; `kwargs` override it: `prediction_type="ddim_eps"`.
+        """A scheduler from the config of any diffusers scheduler of discrete betas; `kwargs` override it.
 
-        The base's own prediction type and noise schedule are kept even where the other scheduler had them by default.
-        Raises ValueError where nothing says how the PeRFlow weights were trained.
+        `prediction_type="ddim_eps"` among them is what most pipelines need. The base's own prediction type and noise
+        schedule are kept even where the other scheduler had them by default. Raises ValueError where nothing says how
+        the PeRFlow weights were trained, and for a base of another process (flow matching, EDM, consistency, ...).
         """
+        config = kwargs.pop("pretrained_model_name_or_path", config)
+        if isinstance(config, str | os.PathLike):  # as diffusers still allows
+            return cls.from_pretrained(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
         if not isinstance(config, dict):
             return super().from_config(config, return_unused_kwargs, **kwargs)
+        reason = refusal(config, kwargs)
+        if reason is not None:
+            raise ValueError(reason)
+        config = with_defaults(config)
         given = kwargs.get("prediction_type")
         stock_type = config.get("prediction_type") not in PREDICTION_TYPES
         if stock_type and given in PREDICTION_TYPES and kwargs.get("perflow_type") in (None, given):
