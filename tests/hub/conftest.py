@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -62,3 +63,16 @@ def bits():
         return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
 
     return SimpleNamespace(copy=copy, same=same)
+
+
+@pytest.fixture
+def records():
+    """(level, text) of what is logged below diffusers' own logger."""
+    found, handler = [], logging.Handler()
+    handler.emit = lambda record: found.append((record.levelname, record.getMessage()))
+    logger = logging.getLogger("diffusers.perflow")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield found
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 
 import train_perflow
 from perflow_diffusers import PeRFlowScheduler, load_miniature, merge_delta
 from perflow_diffusers.demo import perflow_scheduler
+from perflow_diffusers.hub import ArtifactError, load_perflow
 from perflow_diffusers.weights import open_weights
 from perflow_training.checkpoint import checkpoints
+from perflow_training.config import load_config
+from perflow_training.product import header
 from perflow_training.trainer import Trainer
 
 
@@ -78,6 +81,29 @@ def test_wrong_options_end_with_a_message_and_code_2(run, wrong, capsys):
         run(wrong)
     assert stop.value.code == 2
     assert wrong.split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["delta", "lora"])
+def test_what_comes_out_knows_its_base(run, lora):
+    """The header alone tells a pipeline of another noise schedule, prediction or origin from the teacher's."""
+    out = run("max_train_steps=1", *(["lora_rank=4"] if lora else []))
+    weights = out / ("lora/pytorch_lora_weights.safetensors" if lora else "perflow.safetensors")
+    for other in ({"beta_schedule": "linear"}, {"prediction_type": "v_prediction"}):
+        pipe = load_miniature()
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **other)
+        with pytest.raises(ArtifactError, match=f"{next(iter(other.values()))}"):
+            load_perflow(pipe, weights)
+    pipe = load_miniature()
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config)
+    with pytest.raises(ArtifactError, match="nothing in common"):
+        load_perflow(pipe, weights)
+    load_perflow(load_miniature(), weights)
+
+
+def test_a_schedule_that_training_rescaled_is_asked_of_the_pipeline(words):
+    config = load_config(None, words("prediction_type=velocity", "rescale_betas_zero_snr=true"))
+    noise = header(config, load_miniature())["noise"]
+    assert noise["rescale_betas_zero_snr"] is True and noise["beta_schedule"] == "scaled_linear"
 
 
 def test_scheduler_of_the_trained_type_comes_from_the_header(run):

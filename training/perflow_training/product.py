@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from perflow_diffusers.hub.base import base_facts
 from perflow_diffusers.weights import Delta, compute_delta
 from perflow_diffusers.weights.extract import extract_lora
 from perflow_diffusers.weights.lora_layers import adapter_metadata
@@ -82,7 +83,7 @@ def write_products(
         student.eval().save_pretrained(out / "unet")
         paths["student"] = out / "unet"
     if set(forms) & {"delta", "lora", "artifact"}:
-        delta = _write_delta(config, base.unet, student, out / DELTA)
+        delta = _write_delta(config, base, student, out / DELTA)
         paths["delta"] = out / DELTA
         if "lora" in forms or ("artifact" in forms and config.lora_rank):
             paths["lora"] = _write_lora(config, weights, delta, out / "lora", lora_rank)
@@ -91,11 +92,11 @@ def write_products(
     return paths
 
 
-def header(config: TrainingConfig) -> dict[str, Any]:
-    """What travels in the header of every file: how it was trained, and how it is to be used."""
+def header(config: TrainingConfig, base: DiffusionPipeline) -> dict[str, Any]:
+    """What travels in the header of every file: how it was trained, how it is to be used, and for which base."""
     scale = config.solve_guidance
     name = config.pretrained_model_name_or_path
-    metadata = {
+    metadata: dict[str, Any] = {
         "base_model": None if Path(name).exists() else name,  # a Hub id; a path says nothing to others
         "prediction_type": config.prediction_type,
         "num_time_windows": config.window_count,
@@ -104,17 +105,20 @@ def header(config: TrainingConfig) -> dict[str, Any]:
         "guidance_scale": 0.0 if scale is None else scale,
         "recommended_guidance_scale": None if scale is None else 1.0,
         "recipe": config.to_dict(),
+        **base_facts(base),
     }
+    if config.rescale_betas_zero_snr:  # the student knows the rescaled schedule, whatever that of its base was
+        metadata["noise"] = {**metadata.get("noise", {}), "rescale_betas_zero_snr": True}
     return {name: value for name, value in metadata.items() if value is not None}
 
 
-def _write_delta(config: TrainingConfig, base: nn.Module, student: nn.Module, path: Path) -> Delta:
+def _write_delta(config: TrainingConfig, base: DiffusionPipeline, student: nn.Module, path: Path) -> Delta:
     return compute_delta(
-        base.state_dict(),
+        base.unet.state_dict(),
         student.state_dict(),
         path,
         dtype=torch.float16,
-        metadata=header(config),
+        metadata=header(config, base),
         overwrite=True,  # as the student beside it: a run must not fail at its end for an older run's file
     )
 

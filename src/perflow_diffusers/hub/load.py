@@ -1,7 +1,6 @@
 """Everything that an accelerator needs in one call, and back: `load_perflow`, `unload_perflow`, `set_scheduler`."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from diffusers.utils import logging
 from perflow_diffusers.hub.adapters import attach, check_detachable, detach, obstacle
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.errors import ArtifactError
-from perflow_diffusers.hub.network import live_shapes, live_weights, misfit, relation, shape_misfit
-from perflow_diffusers.hub.recognise import published_pipeline, recognised, settings_of
+from perflow_diffusers.hub.family import check_family, warn_of_scheduler
+from perflow_diffusers.hub.network import live_shapes, live_weights, shape_misfit
+from perflow_diffusers.hub.recognise import published_pipeline, settings_of
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import MergeHandle, WeightSource, merge_delta, open_weights
 from perflow_diffusers.weights.locate import SHORT_NAMES
@@ -95,7 +95,7 @@ def _load(
     pipe: Any, artifact: PeRFlowArtifact, form: str, scale: float, strict: bool, backup: Backup
 ) -> PeRFlowArtifact:
     unet = find_unet(pipe)
-    _check_family(artifact, pipe, unet, strict)
+    check_family(artifact, pipe, unet, strict)
     scheduler = artifact.make_scheduler(pipe.scheduler.config)
     merges: list[MergeHandle] = []
     attached, why = False, None
@@ -161,6 +161,7 @@ def set_scheduler(pipe: Any, source: Any = None, **where: Any) -> PeRFlowSchedul
     artifact = settings_of(pipe) if source is None else PeRFlowArtifact.from_pretrained(source, "none", **where)
     former = pipe.scheduler if state is None else state.scheduler
     scheduler = artifact.make_scheduler(former.config)
+    warn_of_scheduler(artifact, former.config)
     pipe.scheduler = scheduler
     vars(pipe)[_ATTRIBUTE] = Loaded(artifact, former)
     logger.info(_summary(artifact, "weights as they are", scheduler))
@@ -199,55 +200,6 @@ def _strength(scale: Any) -> float:
     if not math.isfinite(value):
         raise ArtifactError(f"scale={scale!r:.50} is not a finite number. Pass 1.0 for the full strength.")
     return value
-
-
-def _check_family(artifact: PeRFlowArtifact, pipe: Any, unet: torch.nn.Module, strict: bool) -> None:
-    """Refuse another family; strict or not where the pipeline's own settings may be wrong."""
-    if getattr(pipe, "scheduler", None) is None:
-        raise ArtifactError(f"{type(pipe).__name__} has no scheduler to make PeRFlow's from. Load the whole pipeline.")
-    wrong = misfit(artifact.network, unet)
-    if wrong is not None:
-        raise ArtifactError(
-            f"{artifact.name} was trained for {artifact.base_model or 'another network'}; its UNet differs from this "
-            f"pipeline's: {wrong}. Take the accelerator of this family."
-        )
-    doubts = _scheduler_doubts(artifact, pipe.scheduler.config)
-    kind = relation(artifact.base_sample, unet)
-    base = artifact.base_model or "its base"
-    if kind == "unrelated":
-        doubts.append(f"the UNet has the layers of {base}, but its weights have nothing in common with it")
-    if _is_accelerated(pipe):
-        doubts.append("the pipeline's own scheduler says that PeRFlow is in its weights already")
-    if doubts and strict:
-        raise ArtifactError(
-            f"{artifact.name} does not fit this pipeline: {'; '.join(doubts)}. Take the accelerator of its family, or "
-            "pass strict=False if you know better."
-        )
-    for doubt in doubts:
-        logger.warning(f"{artifact.name} may not fit this pipeline: {doubt}.")
-    if kind == "fine-tune":
-        logger.info(f"The pipeline's UNet is a fine-tune of {base}, which is the normal use of {artifact.name}.")
-
-
-def _is_accelerated(pipe: Any) -> bool:
-    """Whether the pipeline came with PeRFlow in its weights, as far as its scheduler, name and folder say."""
-    if isinstance(pipe.scheduler, PeRFlowScheduler) or published_pipeline(pipe) is not None:
-        return True
-    folder = Path(str(getattr(pipe, "name_or_path", None) or ""))
-    return folder.is_dir() and recognised(pipe) is not None
-
-
-def _scheduler_doubts(artifact: PeRFlowArtifact, config: Mapping[str, Any]) -> list[str]:
-    """How the noise schedule and the base's prediction differ from those of the accelerator's base."""
-    doubts = [
-        f"{key} is {config[key]} instead of {value}"
-        for key, value in artifact.noise.items()
-        if config.get(key) is not None and config[key] != value
-    ]
-    given = config.get("prediction_type")
-    if artifact.base_prediction_type not in (None, given) and given is not None:
-        doubts.append(f"its base predicts {artifact.base_prediction_type}, this pipeline's {given}")
-    return doubts
 
 
 def _check_shapes(artifact: PeRFlowArtifact, lora: WeightSource, unet: torch.nn.Module) -> None:

@@ -23,8 +23,8 @@ _ROUNDING, _UNRELATED = 0.003, 0.9
 
 
 def signature(unet: Any) -> dict[str, Any]:
-    """The part of a UNet's configuration that its accelerators must share, as JSON knows it."""
-    config = getattr(unet, "config", {})
+    """The part of a UNet's configuration (or of one given as such) that its accelerators share, as JSON knows it."""
+    config = unet if isinstance(unet, Mapping) else getattr(unet, "config", {})
     found = {key: config[key] for key in SIGNATURE if config.get(key) is not None}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 

@@ -1,20 +1,18 @@
 """Write an artefact's folder: weights with complete headers, settings, scheduler, card, pictures."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perflow_diffusers.hub.base import base_facts, scheduler_config
 from perflow_diffusers.hub.card import artifact_card
 from perflow_diffusers.hub.documents import check_free, copy_file, inside, place, write_json, write_text
 from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.find import CARD, SCHEDULER, SETTINGS, WEIGHTS
-from perflow_diffusers.hub.network import sample_base, signature
-from perflow_diffusers.hub.settings import BASE_TYPES, FORMAT_VERSION, NOISE_FACTS, checked
+from perflow_diffusers.hub.settings import FORMAT_VERSION, checked
 from perflow_diffusers.weights import WeightSource, content_hash, open_weights
 from perflow_diffusers.weights.lora import open_residual
-from perflow_diffusers.weights.plan import find_unet
 from perflow_diffusers.weights.writer import write_safetensors
 
 if TYPE_CHECKING:
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
 #: File names by form; the residual is what a LoRA cannot carry.
 NAMES = {**WEIGHTS, "kohya": "perflow_kohya.safetensors"}
 RESIDUAL = "pytorch_lora_weights.residual.safetensors"
+_PREDICTS = "base_prediction_type"
 
 
 def save_artifact(
@@ -36,6 +35,7 @@ def save_artifact(
     settings = artifact.settings
     checked(settings, "the artefact to save")
     residuals = {form: _residual(source) for form, source in sources.items()}
+    scheduler = _scheduler(artifact, base)
     pictures = [f"images/sample-{number}.png" for number in range(len(samples))]
     weights = {form: NAMES[form] for form in sources}
     if any(residuals.values()):
@@ -52,7 +52,7 @@ def save_artifact(
         copy_file(residual, folder, RESIDUAL, overwrite=overwrite)
     for (_, picture), name in zip(samples, pictures, strict=True):
         place(folder, name, overwrite, lambda path, picture=picture: picture.save(path, "PNG"))  # type: ignore[misc]
-    write_text(folder, SCHEDULER, _scheduler(artifact, base), overwrite=overwrite)
+    write_text(folder, SCHEDULER, scheduler, overwrite=overwrite)
     captions = [(prompt, name) for (prompt, _), name in zip(samples, pictures, strict=True)]
     card = artifact_card(artifact, folder.name, list(weights), captions)
     write_text(folder, CARD, str(card), overwrite=overwrite)
@@ -76,14 +76,9 @@ def _completed(artifact: "PeRFlowArtifact", base: Any) -> "PeRFlowArtifact":
     """With what a pipeline (or its folder) says about itself, where the artefact does not say it yet."""
     if base is None:
         return artifact
-    more: dict[str, Any] = {"base_sample": sample_base(base)}
-    if not isinstance(base, str | os.PathLike):
-        unet = find_unet(base)
-        more["network"] = signature(unet)
-        config = getattr(getattr(base, "scheduler", None), "config", {})
-        more["noise"] = {key: config[key] for key in NOISE_FACTS if config.get(key) is not None}
-        if config.get("prediction_type") in BASE_TYPES:
-            more["base_prediction_type"] = config["prediction_type"]
+    more = base_facts(base)
+    # Said by the training first: it may have rescaled the schedule of the pipeline that it started from.
+    more = {key: value for key, value in more.items() if key not in ("noise", _PREDICTS) or not getattr(artifact, key)}
     if artifact.base_hash is None:
         more["base_hash"] = content_hash(base)
     return replace(artifact, **more)
@@ -92,6 +87,7 @@ def _completed(artifact: "PeRFlowArtifact", base: Any) -> "PeRFlowArtifact":
 def _scheduler(artifact: "PeRFlowArtifact", base: Any) -> str:
     """The JSON of our scheduler's configuration."""
     known = {**artifact.noise, "prediction_type": artifact.base_prediction_type}
-    own = getattr(getattr(base, "scheduler", None), "config", None)
-    config = own if own is not None else {key: value for key, value in known.items() if value is not None}
-    return artifact.make_scheduler(config).to_json_string()
+    known = {key: value for key, value in known.items() if value is not None}
+    own = scheduler_config(base)
+    defaulted = [key for key in own.get("_use_default_values", []) if key not in known]
+    return artifact.make_scheduler({**own, **known, "_use_default_values": defaulted}).to_json_string()

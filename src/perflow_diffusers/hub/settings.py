@@ -16,7 +16,14 @@ FORMAT_VERSION = 1
 #: What a base network may predict, in the words of diffusers' schedulers.
 BASE_TYPES = ("epsilon", "sample", "v_prediction")
 #: A scheduler's facts about the base's noise, which a pipeline must share for its accelerator to fit.
-NOISE_FACTS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+NOISE_FACTS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "rescale_betas_zero_snr",
+    "trained_betas",
+)
 
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _ENDS = {"t_noise": 1.0, "t_clean": 0.0}
@@ -73,6 +80,8 @@ def from_scheduler(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"perflow_type). Expected one of {', '.join(PREDICTION_TYPES)}."
         )
     noise = {key: config[key] for key in NOISE_FACTS if key in config}
+    if not isinstance(noise.get("trained_betas"), list):
+        noise.pop("trained_betas", None)
     content = {
         "prediction_type": kind,
         "base_prediction_type": given,
@@ -194,6 +203,10 @@ def _checked_noise(noise: Mapping[str, Any], where: str) -> dict[str, Any]:
         "beta_end": (lambda v: _number(v, 0, 1), "a number from 0 to 1"),
         "beta_schedule": (lambda v: v in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
         "rescale_betas_zero_snr": (lambda v: isinstance(v, bool), "true or false"),
+        "trained_betas": (
+            lambda v: isinstance(v, list | tuple) and len(v) <= _MAX_TIMESTEPS and all(_number(b, 0, 1) for b in v),
+            f"a list of at most {_MAX_TIMESTEPS} numbers from 0 to 1",
+        ),
     }
     for key, (test, expected) in rules.items():
         if noise.get(key) is not None and not test(noise[key]):

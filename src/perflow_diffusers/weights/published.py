@@ -1,9 +1,18 @@
 """The published PeRFlow weights and how each was trained: data only, the one place that knows it."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 
 _OWNER = "hansyan"
+#: The noise schedule of SD 1.x, SD 2.x and SDXL, as their scheduler configurations have it.
+NOISE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "rescale_betas_zero_snr": False,
+}
 
 
 @dataclass(frozen=True)
@@ -12,7 +21,8 @@ class Published:
 
     `name` is its repository under `owner`; `form` is "delta" (the difference of a UNet) or "pipeline" (a whole
     pipeline whose UNet has the difference in it); `variant` the one to take of several; `guidance` the range that its
-    authors recommend, for few steps first; `short_name` what users may type.
+    authors recommend, for few steps first; `short_name` what users may type; `base_prediction_type` what the base of
+    this family predicts. The noise schedule is the same of all families.
     """
 
     name: str
@@ -26,6 +36,7 @@ class Published:
     licence: str = "cc-by-nc-4.0"
     short_name: str = ""
     owner: str = _OWNER
+    base_prediction_type: str = "epsilon"
 
     @property
     def repo_id(self) -> str:
@@ -41,13 +52,15 @@ class Published:
     def metadata(self) -> dict[str, str]:
         """All that the header of these weights would say, had they one (str -> str)."""
         header = {**self.training, "recommended_steps": str(list(self.recommended_steps)), "licence": self.licence}
+        header.update(base_prediction_type=self.base_prediction_type, noise=json.dumps(NOISE))
         if self.guidance is not None:
             header["recommended_guidance_scale"] = str(self.guidance[0])
         return header
 
 
 _SD15 = partial(Published, prediction_type="diff_eps", family="SD 1.x", guidance=(4.5, 7.5))
-_SD21 = partial(Published, prediction_type="velocity", family="SD 2.x")  # PeRFlow's velocity, not v_prediction
+# PeRFlow's velocity, which is not what its base predicts.
+_SD21 = partial(Published, prediction_type="velocity", family="SD 2.x", base_prediction_type="v_prediction")
 _SDXL = partial(Published, prediction_type="ddim_eps", family="SDXL")
 
 #: All of them; no LoRA and no SDXL delta is among them.

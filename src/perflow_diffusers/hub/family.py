@@ -1,0 +1,110 @@
+"""Whether a pipeline is of an accelerator's family: network, noise schedule, prediction and weights of its base."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.utils import logging
+
+from perflow_diffusers.flow import NoisePath
+from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.hub.network import misfit, relation
+from perflow_diffusers.hub.recognise import published_pipeline, recognised
+from perflow_diffusers.hub.settings import BASE_TYPES, NOISE_FACTS
+from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
+
+if TYPE_CHECKING:
+    from perflow_diffusers.hub.artifact import PeRFlowArtifact
+
+logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so that its verbosity applies
+
+_SAME_NOISE = 1e-6  # of alpha; float32 tables of one schedule differ by rounding
+
+
+def check_family(artifact: "PeRFlowArtifact", pipe: Any, unet: torch.nn.Module, strict: bool) -> None:
+    """Refuse a pipeline of another family; strict or not where its own settings may be wrong."""
+    if getattr(pipe, "scheduler", None) is None:
+        raise ArtifactError(f"{type(pipe).__name__} has no scheduler to make PeRFlow's from. Load the whole pipeline.")
+    wrong = misfit(artifact.network, unet)
+    if wrong is not None:
+        raise ArtifactError(
+            f"{artifact.name} was trained for {artifact.base_model or 'another network'}; its UNet differs from this "
+            f"pipeline's: {wrong}. Take the accelerator of this family."
+        )
+    doubts, unknown = scheduler_doubts(artifact, pipe.scheduler.config)
+    kind = relation(artifact.base_sample, unet)
+    base = artifact.base_model or "its base"
+    if kind == "unrelated":
+        doubts.append(f"the UNet has the layers of {base}, but its weights have nothing in common with it")
+    if _is_accelerated(pipe):
+        doubts.append("the pipeline's own scheduler says that PeRFlow is in its weights already")
+    if doubts and strict:
+        raise ArtifactError(
+            f"{artifact.name} does not fit this pipeline: {'; '.join(doubts)}. Take the accelerator of its family, or "
+            "pass strict=False if you know better."
+        )
+    for doubt in doubts:
+        logger.warning(f"{artifact.name} may not fit this pipeline: {doubt}.")
+    if kind == "fine-tune":
+        logger.info(f"The pipeline's UNet is a fine-tune of {base}, which is the normal use of {artifact.name}.")
+    if kind == "unknown":
+        unknown.append("that the weights are of its base")
+    if unknown:
+        logger.log(
+            logging.INFO if unknown == ["that the weights are of its base"] else logging.WARNING,
+            f"{artifact.name} and this pipeline do not say enough to check {', '.join(unknown)}.",
+        )
+
+
+def warn_of_scheduler(artifact: "PeRFlowArtifact", config: Mapping[str, Any]) -> None:
+    """Log how a scheduler's configuration differs from that of the base, where nothing is refused."""
+    for doubt in scheduler_doubts(artifact, config)[0]:
+        logger.warning(f"{artifact.name} may not fit this pipeline: {doubt}.")
+
+
+def scheduler_doubts(artifact: "PeRFlowArtifact", config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """How the noise schedule and the base's prediction differ from those of the accelerator's base, and what of
+    the two cannot be told for want of a fact on either side."""
+    doubts, unknown = _noise_doubts(artifact.noise, config), []
+    if not artifact.noise or not any(config.get(key) is not None for key in NOISE_FACTS):
+        unknown.append("that the noise schedules agree")
+    given = config.get("prediction_type")
+    if artifact.base_prediction_type is None or given not in BASE_TYPES:
+        unknown.append("that the bases predict the same")
+    elif given != artifact.base_prediction_type:
+        doubts.append(f"its base predicts {artifact.base_prediction_type}, this pipeline's {given}")
+    return doubts, unknown
+
+
+def _noise_doubts(wanted: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """What is different in two noise schedules, by key; none where keys differ and all numbers agree."""
+    # Not every scheduler class can rescale its betas: an absent key says the same as its default.
+    present = {key: config[key] for key in NOISE_FACTS if config.get(key) is not None}
+    given, said = ({"rescale_betas_zero_snr": False, **facts} if facts else {} for facts in (present, wanted))
+    both = [key for key in NOISE_FACTS if key in given and key in said and key != "trained_betas"]
+    different = [f"{key} is {given[key]} instead of {said[key]}" for key in both if given[key] != said[key]]
+    if "trained_betas" in said or ("trained_betas" in given and said):
+        different.append("trained_betas are other ones, or only one of the two has them")
+    return [] if different and _same_noise(said, given) else different
+
+
+def _same_noise(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two complete schedules have the same noise at every timestep."""
+    needed = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"}
+    if any("trained_betas" not in facts and not needed <= facts.keys() for facts in (first, second)):
+        return False
+    try:
+        paths = [NoisePath.from_betas(**one) for one in (first, second)]
+    except (TypeError, ValueError):
+        return False
+    one, other = (path.alpha for path in paths)
+    return one.shape == other.shape and bool((one - other).abs().max() < _SAME_NOISE)
+
+
+def _is_accelerated(pipe: Any) -> bool:
+    """Whether the pipeline came with PeRFlow in its weights, as far as its scheduler, name and folder say."""
+    if isinstance(pipe.scheduler, PeRFlowScheduler) or published_pipeline(pipe) is not None:
+        return True
+    folder = Path(str(getattr(pipe, "name_or_path", None) or ""))
+    return folder.is_dir() and recognised(pipe) is not None
