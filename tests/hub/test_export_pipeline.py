@@ -213,3 +213,28 @@ def test_the_card_calls_the_pipeline_with_what_it_needs(tmp_path):
     given = next({k.arg for k in call.keywords} for call in calls if getattr(call.func, "id", "") == "pipe")
     required = {"image", "num_inference_steps", "guidance_scale"}
     assert required <= given <= set(inspect.signature(pipe.__call__).parameters)
+
+
+def test_adapters_that_were_deleted_leave_nothing_behind(tmp_path):
+    """diffusers' `delete_adapters` keeps PEFT's wrappers, and saves names that its own loader does not know."""
+    peft = pytest.importorskip("peft")
+    pipe = load_miniature()
+    load_perflow(pipe, "miniature")
+    wanted = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    pipe.unet.add_adapter(config, "style")
+    pipe.unet.delete_adapters("style")
+    export_pipeline(pipe, tmp_path / "exported")
+    found = load_file(tmp_path / "exported" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_loras_of_text_encoders_are_refused_like_those_of_the_unet(tmp_path):
+    """transformers would save the adapter in place of the encoder."""
+    peft = pytest.importorskip("peft")
+    pipe = load_miniature()
+    load_perflow(pipe, "miniature")
+    pipe.text_encoder.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]), "words")
+    with pytest.raises(ArtifactError, match="The LoRAs words are attached"):
+        export_pipeline(pipe, tmp_path / "exported")
+    assert not list(tmp_path.iterdir())

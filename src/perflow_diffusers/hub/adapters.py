@@ -117,8 +117,24 @@ def detach(pipe: Any) -> None:
 
 
 def other_adapters(pipe: Any) -> list[str]:
-    """Names of the UNet's adapters besides ours."""
-    return [name for name in getattr(find_unet(pipe), "peft_config", {}) if name != ADAPTER]
+    """Names of the adapters of the UNet and the text encoders besides ours."""
+    names = [name for part in _modules(pipe) for name in getattr(part, "peft_config", None) or {}]
+    return [name for name in dict.fromkeys(names) if name != ADAPTER]
+
+
+def drop_empty_wrappers(pipe: Any) -> None:
+    """Put plain layers back where deleted adapters left PEFT's wrappers, whose names no loader knows."""
+    if not is_peft_available():
+        return
+    for part in _modules(pipe):
+        for name, layer in list(_layers(part)):
+            if not _names(layer):
+                _unwrap(part, name, layer)
+
+
+def _modules(pipe: Any) -> list[torch.nn.Module]:
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    return [find_unet(pipe), *(part for part in parts if part is not pipe.unet)]
 
 
 def _unwrap(unet: torch.nn.Module, name: str, layer: Any) -> None:

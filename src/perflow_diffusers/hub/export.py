@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from perflow_diffusers.hub.adapters import attach, detach, other_adapters
+from perflow_diffusers.hub.adapters import attach, detach, drop_empty_wrappers, other_adapters
 from perflow_diffusers.hub.bundle import MODULE, scheduler_source
 from perflow_diffusers.hub.card import PAPER, loading
 from perflow_diffusers.hub.documents import read_json, write_json
@@ -69,6 +69,7 @@ def export_pipeline(
     temporary = target.with_name(f".perflow-{secrets.token_hex(4)}.tmp")
     try:
         with _merged(pipe):
+            drop_empty_wrappers(pipe)
             pipe.save_pretrained(temporary)
         _finish(pipe, temporary, form, target.name, base_model, licence)
         _replace(temporary, target)

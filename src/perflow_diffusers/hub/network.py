@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from perflow_diffusers.weights import WeightSource, open_weights
+from perflow_diffusers.weights import WeightSource, live, open_weights
 from perflow_diffusers.weights.keys import canonical_map, family, grouped
 from perflow_diffusers.weights.plan import find_unet
 
@@ -69,9 +69,7 @@ def _values(weight: torch.Tensor) -> list[float]:
 
 def live_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights of a UNet under canonical names, whatever state they are in."""
-    state = unet.state_dict(keep_vars=True)
-    names, _ = canonical_map(state)
-    return {name: state[key] for name, key in names.items()}
+    return live.live_weights(unet)[0]
 
 
 def live_shapes(unet: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.locate import RESIDUAL_SUFFIX
 from perflow_diffusers.weights.lora import RESIDUAL, open_residual
 from perflow_diffusers.weights.lora_layers import ADAPTER_METADATA, LoraLayer, adapter_metadata, lora_layers
-from perflow_diffusers.weights.source import WeightSource, open_weights
+from perflow_diffusers.weights.source import WeightSource, check_detached, open_weights
 from perflow_diffusers.weights.writer import File, Spec, check_target, write_together
 
 Layout = Literal["diffusers", "kohya"]
@@ -67,6 +67,7 @@ def _converted(source: Any, layout: Layout) -> tuple[WeightSource, "_Tensors", d
     if layout not in get_args(Layout):
         raise WeightSourceError(f"layout={layout!r} is unknown. Pass one of {', '.join(get_args(Layout))}.")
     given = open_weights(source)
+    check_detached(given)
     if given.kind != "lora":
         raise WeightSourceError(
             f"{given.name} is not a LoRA, so there is no layout to convert. Make one of a delta with `extract_lora`."

@@ -13,7 +13,7 @@ import torch
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import DeltaError
 from perflow_diffusers.weights.single_file import unet_of_single_file
-from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
+from perflow_diffusers.weights.source import WeightSource, check_detached, dtype_name, open_weights
 from perflow_diffusers.weights.writer import Spec, tensor_bytes, write_folder, write_safetensors
 
 DELTA_FORMAT = "delta-1"
@@ -168,6 +168,7 @@ def named_weights(anything: Any) -> tuple[WeightSource, dict[str, str]]:
     `anything` is what `compute_delta` takes. Raises `DeltaError` for a LoRA, empty weights, and doubled names.
     """
     source = open_weights(anything)
+    check_detached(source)
     if source.kind == "lora":
         raise DeltaError(
             f"{source.name} is a LoRA, not complete weights. `merge_delta` takes it as it is; for the difference that "

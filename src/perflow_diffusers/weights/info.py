@@ -78,7 +78,9 @@ def describe_weights(source: Any, **where: Any) -> WeightsInfo:
     shapes = {name: weights.shapes[key] for name, key in names.items()}
     form, family = weights.kind, keys.family(shapes)
     ranks: dict[int, int] = {}
-    if weights.kind == "lora":
+    if keys.has_adapters(weights):
+        form = "saved with adapters attached"
+    elif weights.kind == "lora":
         form, ranks, family = _lora(weights)
     elif keys.is_original_format(weights):
         form, family = "original checkpoint", "diffusers' from_single_file"

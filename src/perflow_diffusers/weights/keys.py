@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 ORIGINAL_PREFIX = "model.diffusion_model."
 
@@ -22,10 +22,11 @@ _FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "the SDXL refine
 def canonical(name: str) -> str | None:
     """Canonical form of one key of a UNet's state dict, or None for a tensor that belongs to an adapter.
 
-    Removes what wrappers add: `_orig_mod.` (torch.compile), a leading `module.` (data parallel), `.base_layer.`
-    (PEFT). `to_q.base_layer.weight` is `to_q.weight`; `to_q.lora_A.default.weight` is None.
+    Removes what wrappers add: `_orig_mod.` (torch.compile), a leading `module.` (data parallel), `.base_layer.` and
+    `.original_module.` (PEFT). `to_q.base_layer.weight` is `to_q.weight`; `to_q.lora_A.default.weight` is None.
     """
-    name = name.replace("_orig_mod.", "").removeprefix("module.").replace(".base_layer.", ".")
+    name = name.replace("_orig_mod.", "").removeprefix("module.")
+    name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
     return None if _ADAPTER.search(name) else name
 
 
@@ -62,6 +63,12 @@ def is_lora(names: Iterable[str]) -> bool:
     names = list(names)
     text = " ".join(names)
     return any(word in text for word in _LORA_WORDS) and any(_LORA.search(name) for name in names)
+
+
+def has_adapters(names: Collection[str]) -> bool:
+    """Whether these are names of a model saved with PEFT's adapters attached (`to_q.base_layer.weight`)."""
+    wrapped = any(".base_layer." in name for name in names)
+    return wrapped and any(_ADAPTER.search(name) for name in names)
 
 
 def is_original_format(names: Iterable[str]) -> bool:

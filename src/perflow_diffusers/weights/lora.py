@@ -13,7 +13,7 @@ from perflow_diffusers.weights.adapter_config import adapter_configs
 from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.lora_layers import ADAPTER_METADATA, LoraLayer, adapter_metadata, lora_layers
 from perflow_diffusers.weights.lora_names import KOHYA_PREFIXES
-from perflow_diffusers.weights.source import WeightSource, open_weights
+from perflow_diffusers.weights.source import WeightSource, check_detached, open_weights
 
 __all__ = ["ADAPTER_METADATA", "RESIDUAL", "LoraLayer", "Rebuilt", "adapter_metadata", "as_delta", "lora_layers"]
 
@@ -71,6 +71,7 @@ def as_delta(source: WeightSource, shapes: Mapping[str, tuple[int, ...]] | None 
     """
     if isinstance(source, Rebuilt):
         return source
+    check_detached(source)
     if source.kind == "lora":
         return _lora_as_delta(source, shapes or {})
     adapter_configs(source, KOHYA_PREFIXES)  # PEFT's other kinds, whose tensors have no names of LoRA's

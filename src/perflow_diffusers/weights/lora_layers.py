@@ -8,7 +8,7 @@ from typing import Any
 from perflow_diffusers.weights import keys, lora_names
 from perflow_diffusers.weights.adapter_config import ADAPTER_METADATA, AdapterConfig, adapter_configs
 from perflow_diffusers.weights.errors import WeightSourceError
-from perflow_diffusers.weights.source import WeightSource
+from perflow_diffusers.weights.source import WeightSource, check_detached
 
 __all__ = ["ADAPTER_METADATA", "LoraLayer", "adapter_metadata", "lora_layers"]
 
@@ -50,6 +50,7 @@ def lora_layers(source: WeightSource, weights: Iterable[str] = ()) -> tuple[Lora
     Raises `WeightSourceError` for unknown, doubled or incomplete factors, for DoRA, LoHa, LoKr and the like, and for a
     config that `adapter_configs` refuses.
     """
+    check_detached(source)
     configs = adapter_configs(source, lora_names.KOHYA_PREFIXES)
     _refuse_unsupported(source)
     modules = lora_names.flat_names(weights)

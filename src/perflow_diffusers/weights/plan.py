@@ -11,6 +11,7 @@ import torch
 
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import MergeError
+from perflow_diffusers.weights.live import live_weights, replaced_modules, unwrapped
 from perflow_diffusers.weights.lora import as_delta
 from perflow_diffusers.weights.source import WeightSource, open_weights
 
@@ -86,7 +87,7 @@ def plan_weights(
 
 
 def find_unet(pipe_or_unet: Any) -> torch.nn.Module:
-    """The UNet of a pipeline, or the module itself, without wrappers of torch.compile or data parallelism.
+    """The UNet of a pipeline, or the module itself, without wrappers of torch.compile, data parallelism, PEFT.
 
     Raises `MergeError` if there is none.
     """
@@ -96,9 +97,7 @@ def find_unet(pipe_or_unet: Any) -> torch.nn.Module:
         others = [part for part in ("transformer", "prior") if getattr(pipe_or_unet, part, None) is not None]
         has = f" (it has a `{others[0]}`)" if others else ""
         raise MergeError(f"{kind} has no UNet{has}. Pass a UNet, or a pipeline whose `unet` is loaded.")
-    while isinstance(inner := getattr(module, "_orig_mod", None) or getattr(module, "module", None), torch.nn.Module):
-        module = inner
-    return module
+    return unwrapped(module)
 
 
 def usable_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -107,11 +106,9 @@ def usable_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
     Raises `MergeError` if in-place changes would be lost or wrong: offloaded, quantised, fp8, sharded, fused.
     """
     _check_modules(unet)
-    state = unet.state_dict(keep_vars=True)
-    plain, collisions = keys.canonical_map(state)
+    weights, collisions = live_weights(unet)
     if collisions:
         raise MergeError(f"Two tensors of the model have one canonical name: {collisions[0]}. Unload one adapter.")
-    weights = {name: state[key] for name, key in plain.items()}
     check_addable(weights)
     return weights
 
@@ -148,7 +145,12 @@ def _is_wrapped(weight: torch.Tensor) -> bool:
 
 
 def _check_modules(unet: torch.nn.Module) -> None:
-    """Refuse hooks and processors that keep copies of the weights elsewhere."""
+    """Refuse hooks, processors and adapters that keep copies of the weights elsewhere."""
+    if copies := replaced_modules(unet):
+        raise MergeError(
+            f"PEFT runs trained copies in place of {keys.grouped(copies)} (`modules_to_save`), which a merge would "
+            "miss. Merge into the model before, or after `model.merge_and_unload()`."
+        )
     for name, module in unet.named_modules():
         if type(getattr(module, "processor", None)).__name__.startswith("Fused"):
             raise MergeError(

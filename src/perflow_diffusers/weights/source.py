@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import WeightSourceError
+from perflow_diffusers.weights.live import check_runs_on_its_weights, live_weights, unwrapped
 from perflow_diffusers.weights.locate import SHORT_NAMES, HubSpec, Located, locate, pickle_refused
 
 __all__ = ["SHORT_NAMES", "HubSpec", "WeightSource", "dtype_name", "open_weights"]
@@ -57,7 +58,7 @@ class WeightSource(Mapping[str, torch.Tensor]):
     def kind(self) -> str:
         """ "delta", "lora" or "weights"."""
         if keys.is_lora(self.shapes):
-            return "lora"
+            return "weights" if keys.has_adapters(self.shapes) else "lora"
         return "delta" if self.metadata.get("perflow_format", "").startswith("delta") else "weights"
 
     @property
@@ -112,9 +113,11 @@ def open_weights(
     `anything` is a state dict, a `.safetensors` file, the folder of a diffusers model (sharded too) or of a pipeline
     (its `unet/`), a short name (a key of `SHORT_NAMES`), a Hub id, a model, or a pipeline. A local path wins over a
     short name, a short name over the Hub. `revision`, `variant`, `subfolder`, `token` and `local_files_only` mean
-    what they mean in diffusers; state dicts and models ignore them.
+    what they mean in diffusers; state dicts and models ignore them. A model is read as it runs: adapters that are
+    fused into its weights count, disabled ones do not.
 
-    Raises `WeightSourceError` (a ValueError) for what cannot be found, is damaged, or is a pickle.
+    Raises `WeightSourceError` (a ValueError) for what cannot be found, is damaged, or is a pickle, and for a model
+    with adapters that act without being fused.
     """
     if isinstance(anything, WeightSource):
         return anything
@@ -139,6 +142,17 @@ def open_weights(
     )
 
 
+def check_detached(source: WeightSource) -> None:
+    """Raise `WeightSourceError` for a model that was saved with PEFT's adapters attached: neither plain nor a LoRA."""
+    if keys.has_adapters(source):
+        raise WeightSourceError(
+            f"{source.name} is a model that was saved with adapters attached (it has `base_layer` in its names), "
+            "which no loader reads as a plain one; the strength (alpha) of the adapters is not in it. Where it was "
+            "made, call `pipe.fuse_lora()` (to keep what they do) and `pipe.unload_lora_weights()`, or the latter "
+            "alone, and save again. docs/deltas.md shows how to take the plain weights out of this file."
+        )
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Name of a dtype in a safetensors header; raises `WeightSourceError` for one that the format cannot hold."""
     if dtype not in DTYPE_NAMES:
@@ -147,18 +161,20 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _from_module(module: torch.nn.Module) -> WeightSource:
-    """A live model, under canonical names, without the tensors of its adapters."""
-    state = module.state_dict()
-    plain, collisions = keys.canonical_map(state)
+    """A live model, under canonical names, without the tensors of its adapters, which must not act."""
+    check_runs_on_its_weights(module)
+    inner = unwrapped(module)
+    weights, collisions = live_weights(inner)
+    kind = type(inner).__name__
     if collisions:
-        raise WeightSourceError(f"{type(module).__name__} has two tensors for one name: {collisions[0]}.")
-    offloaded = [name for name, key in plain.items() if state[key].is_meta]
+        raise WeightSourceError(f"{kind} has two tensors for one name: {collisions[0]}.")
+    offloaded = [name for name, weight in weights.items() if isinstance(weight, torch.Tensor) and weight.is_meta]
     if offloaded:
         raise WeightSourceError(
-            f"{len(offloaded)} weights of the given {type(module).__name__} are offloaded (meta tensors), e.g. "
+            f"{len(offloaded)} weights of the given {kind} are offloaded (meta tensors), e.g. "
             f"{offloaded[0]}. Pass it before offloading, or after `pipe.remove_all_hooks()`."
         )
-    return _from_tensors({name: state[key].detach() for name, key in plain.items()}, type(module).__name__)
+    return _from_tensors(weights, kind)
 
 
 def _from_tensors(tensors: Mapping[Any, Any], name: str) -> WeightSource:
