@@ -11,7 +11,13 @@ import torch
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.adapter_config import adapter_configs
 from perflow_diffusers.weights.errors import WeightSourceError
-from perflow_diffusers.weights.lora_layers import ADAPTER_METADATA, LoraLayer, adapter_metadata, lora_layers
+from perflow_diffusers.weights.lora_layers import (
+    ADAPTER_METADATA,
+    LoraLayer,
+    adapter_metadata,
+    lora_layers,
+    warn_of_bundled,
+)
 from perflow_diffusers.weights.lora_names import KOHYA_PREFIXES
 from perflow_diffusers.weights.source import WeightSource, check_detached, open_weights
 
@@ -108,6 +114,7 @@ def _lora_as_delta(source: WeightSource, model: Mapping[str, tuple[int, ...]]) -
             f"{source.name} has no layer for a UNet ({len(every)} for text encoders). Use it with "
             "`pipe.load_lora_weights(...)`."
         )
+    warn_of_bundled(source, stacklevel=6)
     if len(layers) < len(every):
         warnings.warn(
             f"{len(every) - len(layers)} layers of {source.name} are for text encoders and are left out: only the "

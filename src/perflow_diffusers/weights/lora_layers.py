@@ -1,5 +1,6 @@
 """The layers of a LoRA in any layout, with their rank and alpha, and the config that diffusers stores for them."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,18 +9,28 @@ from typing import Any
 from perflow_diffusers.weights import keys, lora_names
 from perflow_diffusers.weights.adapter_config import ADAPTER_METADATA, AdapterConfig, adapter_configs
 from perflow_diffusers.weights.errors import WeightSourceError
+from perflow_diffusers.weights.original_names import Blocks, blocks_of_model, blocks_of_originals
 from perflow_diffusers.weights.source import WeightSource, check_detached
 
-__all__ = ["ADAPTER_METADATA", "LoraLayer", "adapter_metadata", "lora_layers"]
+__all__ = [
+    "ADAPTER_METADATA",
+    "LoraLayer",
+    "adapter_metadata",
+    "file_blocks",
+    "is_bundled",
+    "lora_layers",
+    "warn_of_bundled",
+]
 
 
 @dataclass(frozen=True)
 class LoraLayer:
     """One layer of a LoRA: what it changes, and the keys of its factors in the source.
 
-    `module` is the dotted name within `component` ("unet", "text_encoder", "text_encoder_2"); `rank` the inner size of
-    the factors, `alpha` such that the change of the weight is up @ down * alpha / rank. `mid` is the middle factor of
-    a Tucker decomposition (LoCon), `alpha_key` the tensor that alpha was read from. `prefix` and `original` say how
+    `module` is the dotted name within `component` ("unet", "text_encoder", "text_encoder_2"), of a text encoder as
+    transformers' CLIPTextModel calls it (`encoder.layers...`, without `text_model.`); `rank` the inner size of the
+    factors, `alpha` such that the change of the weight is up @ down * alpha / rank. `mid` is the middle factor of a
+    Tucker decomposition (LoCon), `alpha_key` the tensor that alpha was read from. `prefix` and `original` say how
     kohya spells it: see `lora_names.LoraName`.
     """
 
@@ -53,19 +64,16 @@ def lora_layers(source: WeightSource, weights: Iterable[str] = ()) -> tuple[Lora
     check_detached(source)
     configs = adapter_configs(source, lora_names.KOHYA_PREFIXES)
     _refuse_unsupported(source)
+    weights = list(weights)
     modules = lora_names.flat_names(weights)
-    parsed = {key: lora_names.parse(key, modules) for key in source}
-    unknown = [key for key, name in parsed.items() if name is None]
-    if unknown:
-        raise WeightSourceError(
-            f"{len(unknown)} tensors of {source.name} are called like nothing in a LoRA of a UNet: "
-            f"{keys.grouped(unknown)}. Known are the layouts of diffusers, PEFT and kohya for SD 1.x, 2.x and SDXL."
-        )
+    blocks = blocks_of_model(weights) if weights else file_blocks(source)
+    parsed = {key: lora_names.parse(key, modules, blocks) for key in source if not is_bundled(key)}
+    _refuse_unknown(source, [key for key, name in parsed.items() if name is None])
     places: dict[tuple[str, str], dict[str, tuple[str, lora_names.LoraName]]] = {}
     for key, name in parsed.items():
         if name is None:
             continue
-        parts = places.setdefault((name.component, name.module), {})
+        parts = places.setdefault(name.place, {})
         if name.role in parts:
             raise WeightSourceError(
                 f"{source.name} has more than one tensor for the same factor: {parts[name.role][0]} and {key}. Keep "
@@ -82,20 +90,59 @@ def lora_layers(source: WeightSource, weights: Iterable[str] = ()) -> tuple[Lora
     return tuple(_layer(source, places[place], configs.get(place[0], plain)) for place in sorted(places))
 
 
+def file_blocks(source: WeightSource) -> Blocks:
+    """The blocks that original-format names of a LoRA count, by names and shapes; warns if these leave a doubt."""
+    widths: dict[str, int] = {}
+    for key, shape in source.shapes.items():
+        found = lora_names.original_module(key)
+        if found is not None and found[1] in ("up", "alpha"):
+            widths.setdefault(found[0], 0)
+            if found[1] == "up":
+                widths[found[0]] = shape[0]
+    blocks, sure = blocks_of_originals(widths)
+    if not sure:
+        warnings.warn(
+            f"{source.name} has too few layers to tell how many each block of its model has; {blocks.down[0]} are "
+            "assumed, as in most. Merge it into the model, or name the model (`unet=`), if it is another.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return blocks
+
+
+def is_bundled(key: str) -> bool:
+    """Whether a tensor belongs to a textual inversion that is bundled with a LoRA, not to a layer."""
+    return key.startswith(lora_names.BUNDLED)
+
+
+def warn_of_bundled(source: WeightSource, stacklevel: int) -> None:
+    """Say that the textual inversions in a LoRA file are left out, if there are any."""
+    words = sorted({key.split(".")[1] for key in source if is_bundled(key)})
+    if words:
+        warnings.warn(
+            f"{source.name} holds {len(words)} textual inversions beside the LoRA ({keys.grouped(words)}), which are "
+            "no weights of a layer and are left out. Load them with `pipe.load_textual_inversion(...)`.",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
 def adapter_metadata(modules: Mapping[str, tuple[int, float]], component: str = "unet") -> dict[str, Any]:
     """The config that diffusers stores for LoRA layers: `{"unet.r": ..., "unet.lora_alpha": ..., ...}`.
 
-    `modules` maps a module name to (rank, alpha). The commonest values are the config's, the others its patterns,
-    which begin with ^ as diffusers writes them: PEFT takes them for regular expressions for the end of a name.
+    `modules` maps a module name to (rank, alpha). The commonest values are the config's, the others its patterns. PEFT
+    takes these for regular expressions for the end of a name; those of the UNet begin with ^ as diffusers writes them.
+    Text encoders' layers may have `text_model.` before their names, or not, in the model that loads them.
     """
     ranks = Counter(rank for rank, _ in modules.values())
     alphas = Counter(alpha for _, alpha in modules.values())
     rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+    start = "^" if component == "unet" else ""
     config = {
         "r": rank,
         "lora_alpha": _plain(alpha),
-        "rank_pattern": {f"^{name}": own for name, (own, _) in modules.items() if own != rank},
-        "alpha_pattern": {f"^{name}": _plain(own) for name, (_, own) in modules.items() if own != alpha},
+        "rank_pattern": {f"{start}{name}": own for name, (own, _) in modules.items() if own != rank},
+        "alpha_pattern": {f"{start}{name}": _plain(own) for name, (_, own) in modules.items() if own != alpha},
         "target_modules": sorted(modules),
     }
     return {f"{component}.{key}": value for key, value in config.items()}
@@ -104,6 +151,27 @@ def adapter_metadata(modules: Mapping[str, tuple[int, float]], component: str = 
 def _plain(alpha: float) -> float:
     """8 rather than 8.0, as people and most tools write alpha."""
     return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _refuse_unknown(source: WeightSource, unknown: list[str]) -> None:
+    """Refuse tensors whose names are none of a LoRA for these models, and say whose they are."""
+    if not unknown:
+        return
+    known = "Known are the layouts of diffusers, PEFT, kohya and ComfyUI for UNets of SD 1.x, 2.x, SDXL, and for CLIP."
+    if other := lora_names.other_model(unknown):
+        what, found = other
+        way_out = (
+            "Put `text_encoder.` or `text_encoder_2.` before its names."
+            if what == lora_names.UNNAMED_TEXT
+            else "Use it with `load_lora_weights` of its own pipeline."
+        )
+        raise WeightSourceError(
+            f"{source.name} is a LoRA for {what}: {len(found)} tensors, {keys.grouped(found[:1])}. {known} {way_out}"
+        )
+    raise WeightSourceError(
+        f"{len(unknown)} tensors of {source.name} are called like nothing in a LoRA of a UNet: "
+        f"{keys.grouped(unknown)}. {known}"
+    )
 
 
 def _refuse_unsupported(source: WeightSource) -> None:
@@ -148,4 +216,4 @@ def _layer(
         alpha = float(source[alpha_key].item())
     else:
         raise WeightSourceError(f"{alpha_key} of {source.name} is not one number: {source.shapes[alpha_key]}.")
-    return LoraLayer(name.component, name.module, down, up, mid, alpha_key, rank, alpha, name.prefix, name.original)
+    return LoraLayer(*name.place, down, up, mid, alpha_key, rank, alpha, name.prefix, name.original)

@@ -1,8 +1,26 @@
-"""Names of LoRA tensors in all layouts (diffusers, PEFT, kohya), and module names in the two spellings of kohya."""
+"""Names of LoRA tensors in all layouts (diffusers, PEFT, kohya, ComfyUI) -> component, module, role."""
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from perflow_diffusers.weights.original_names import SDXL, Blocks, from_original, to_original
+
+__all__ = [
+    "BUNDLED",
+    "KOHYA_PREFIXES",
+    "UNNAMED_TEXT",
+    "UNSUPPORTED",
+    "LoraName",
+    "dotted",
+    "flat_names",
+    "from_original",
+    "original_module",
+    "other_model",
+    "parse",
+    "spelled",
+    "to_original",
+]
 
 #: Part of a diffusers pipeline -> how kohya's names begin that belong to it, the usual one first.
 KOHYA_PREFIXES = {
@@ -10,6 +28,9 @@ KOHYA_PREFIXES = {
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
 }
+
+#: How names of textual inversions begin that are bundled with a LoRA: no layers of it.
+BUNDLED = "bundle_emb."
 
 #: What a LoRA file may hold besides low-rank factors -> how its tensors are called.
 UNSUPPORTED = {
@@ -21,7 +42,12 @@ UNSUPPORTED = {
     "LoRA bias": re.compile(r"\.lora_(B|up)(\.[^.]+)?\.bias$"),
 }
 
-_COMFY = "diffusion_model."  # how ComfyUI begins the names of LoRAs that it extracts, original-format ones
+_COMFY = {  # how ComfyUI begins the names of LoRAs that it extracts; those of the UNet are original-format ones
+    "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_h.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}
 _ROLES = {"A": "down", "down": "down", "B": "up", "up": "up", "mid": "mid"}
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<role>A|B|down|up|mid)(\.[^.]+)?\.weight")
 _PROCESSOR = re.compile(r"(?P<module>.+)\.(?P<leaf>to_q|to_k|to_v|to_out)_lora\.(?P<role>down|up)\.weight")
@@ -29,7 +55,7 @@ _OLD = re.compile(r"(?P<module>.+)\.lora(_linear_layer)?\.(?P<role>down|up)\.wei
 _ALPHA = re.compile(r"(?P<module>.+)\.alpha")
 
 # The words that module names of UNets (diffusers' and the original ones) and of CLIP consist of; each one is kept
-# whole where underscores become dots. Longer words stand before their beginnings.
+# whole where underscores become dots.
 _WORDS = (
     "down_blocks|up_blocks|mid_block|input_blocks|middle_block|output_blocks|transformer_blocks|resnets|attentions|"
     "downsamplers|upsamplers|attn1|attn2|to_q|to_k|to_v|to_out|ff|net|proj_in|proj_out|proj|conv_shortcut|conv_in|"
@@ -37,33 +63,42 @@ _WORDS = (
     "cond_proj|linear_1|linear_2|linear|in_layers|out_layers|emb_layers|skip_connection|op|out|"
     "text_model|text_projection|encoder|layers|self_attn|q_proj|k_proj|v_proj|out_proj|mlp|fc1|fc2"
 )
-_WORD = re.compile(rf"({_WORDS}|\d+)(?:_|$)")
+# Longer words first: no word is taken for its own beginning (out for out_proj).
+_WORD = re.compile(rf"({'|'.join(sorted(_WORDS.split('|'), key=len, reverse=True))}|\d+)(?:_|$)")
 
-_TOP = {
-    "input_blocks.0.0": "conv_in",
-    "out.2": "conv_out",
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
+# What the names of a UNet's modules begin with. A name that says of no component whose it is must begin so.
+_ROOTS = (
+    "down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding|class_embedding|time_emb_proj|"
+    "encoder_hid_proj|position_net|transformer_in"
+)
+_ORIGINAL = re.compile(r"(input_blocks|middle_block|output_blocks|out|time_embed|label_emb)\.")
+_ROOT = re.compile(rf"({_ROOTS})(\.|$)")
+
+#: A text encoder's LoRA as PEFT saves it: nothing says which one of a pipeline it is for.
+UNNAMED_TEXT = "a text encoder without the name of its place in a pipeline"
+
+#: Models that are no UNet of Stable Diffusion and none of its text encoders -> how names of their LoRAs begin.
+_OTHERS = {
+    "a third text encoder (SD 3)": r"text_encoder_[3-9]\.|lora_te[3-9]_|text_encoders\.t5",
+    UNNAMED_TEXT: r"(text_model|text_projection|encoder\.layers)\b",
+    "a prior (Kandinsky, Stable Cascade)": r"prior\w*\.|decoder\.|lora_prior_",
+    "a ControlNet or T2I adapter": r"(controlnet|control_model|adapter)\w*\.|lora_controlnet|lllite_",
+    "a transformer (Flux, SD 3, Wan and others)": (
+        r"(transformer|dit|diffusion_model)\w*\.|lora_(transformer|dit)\w*_|"
+        r"(lora_unet_)?((double|single|joint)\w*_)?(transformer_)?(blocks|layers)[._]\d|"
+        r"(lora_unet_)?(double|single|joint|img|txt|context_embedder|x_embedder|final_layer|time_text_embed|"
+        r"guidance_in|vector_in)"
+    ),
+    "a language model": r"(model|language_model)\.",
 }
-_RESNET = {
-    "in_layers.2": "conv1",
-    "out_layers.3": "conv2",
-    "emb_layers.1": "time_emb_proj",
-    "skip_connection": "conv_shortcut",
-}
-_TOP_BACK = {new: old for old, new in _TOP.items()}
-_RESNET_BACK = {new: old for old, new in _RESNET.items()}
-_KINDS = ("resnets", "attentions")
 
 
 @dataclass(frozen=True)
 class LoraName:
     """What one tensor of a LoRA is: `component` of the pipeline, dotted `module`, `role` (down, up, mid or alpha).
 
-    `prefix` is kohya's beginning of the name ("" in other layouts); `original` whether the module was spelled as in
-    original-format checkpoints.
+    `module` is spelled as PEFT's patterns for this file know it; see `spelled`. `prefix` is kohya's beginning of the
+    name ("" in other layouts); `original` whether the module was spelled as in original-format checkpoints.
     """
 
     component: str
@@ -72,13 +107,66 @@ class LoraName:
     prefix: str = ""
     original: bool = False
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """Component and module, the same for every spelling: text encoders without a leading `text_model.`."""
+        module = self.module if self.component == "unet" else self.module.removeprefix("text_model.")
+        return self.component, module
 
-def parse(name: str, modules: Mapping[str, str] | None = None) -> LoraName | None:
-    """What the tensor `name` of a LoRA is, or None if no known layout calls a factor or an alpha so.
+
+def spelled(component: str, module: str) -> str:
+    """How the layer at a place is called in the diffusers layout, its component included.
+
+    Text encoders get the `text_model.` of transformers before 5.0, which diffusers removes where the model has none:
+    so the name fits with every version of it.
+    """
+    inner = "text_model." if component != "unet" and module.startswith("encoder.") else ""
+    return f"{component}.{inner}{module}"
+
+
+def parse(name: str, modules: Mapping[str, str] | None = None, blocks: Blocks = SDXL) -> LoraName | None:
+    """What the tensor `name` of a LoRA is, or None if no known layout calls a factor or an alpha of these models so.
 
     `modules` maps a module name with underscores for dots to the module's name, for the model at hand; what it does
-    not know is split by the grammar of UNet and CLIP modules.
+    not know is split by the grammar of UNet and CLIP modules. `blocks` are those that original-format names count.
     """
+    found, known = _split(name), modules or {}
+    if found is None:
+        return None
+    if found.prefix:
+        if found.component == "unet" and found.module in known:
+            return replace(found, module=known[found.module])
+        module = dotted(found.module)
+        if module is None:
+            return None
+        found = replace(found, module=module)
+    if found.component != "unet":
+        return found
+    if _ORIGINAL.match(found.module):
+        module = from_original(found.module, blocks)
+        return None if module is None else replace(found, module=module, original=True)
+    named = name.startswith("unet.") or _ROOT.match(found.module) or found.module in known.values()
+    return found if named else None
+
+
+def original_module(name: str) -> tuple[str, str] | None:
+    """(module, role) of a LoRA's tensor if the module is spelled as in original-format checkpoints, else None."""
+    found = _split(name)
+    module = found and (dotted(found.module) if found.prefix else found.module)
+    return (module, found.role) if found and module and _ORIGINAL.match(module) else None
+
+
+def other_model(names: Iterable[str]) -> tuple[str, list[str]] | None:
+    """What other model the LoRA is for to which names of its tensors belong, in words, and those names."""
+    names = [name.replace("_orig_mod.", "").removeprefix("base_model.model.") for name in names]
+    for what, pattern in _OTHERS.items():
+        if found := [name for name in names if re.match(pattern, name)]:
+            return what, found
+    return None
+
+
+def _split(name: str) -> LoraName | None:
+    """Component, prefix, module (as it is written) and role; None if no layout calls a factor or an alpha so."""
     name = name.replace("_orig_mod.", "").removeprefix("base_model.model.")
     for pattern in (_FACTOR, _PROCESSOR, _OLD, _ALPHA):
         if match := pattern.fullmatch(name):
@@ -92,26 +180,19 @@ def parse(name: str, modules: Mapping[str, str] | None = None) -> LoraName | Non
     for component, prefixes in KOHYA_PREFIXES.items():
         for prefix in prefixes:
             if module.startswith(prefix):
-                return _parse_kohya(component, prefix, module.removeprefix(prefix), role, modules or {})
-    if module.startswith(_COMFY):
-        plain = from_original(module.removeprefix(_COMFY))
-        return LoraName("unet", plain or module.removeprefix(_COMFY), role, original=plain is not None)
+                return LoraName(component, module.removeprefix(prefix), role, prefix)
+    for start, component in _COMFY.items():
+        if module.startswith(start):
+            return LoraName(component, module.removeprefix(start), role)
     component, dot, rest = module.partition(".")
     if not dot or component not in KOHYA_PREFIXES:
         component, rest = "unet", module
-    if component != "unet":
+    if component == "unet":
+        rest = rest.replace(".temporal_transformer.", ".")  # motion LoRAs of AnimateDiff's authors
+        rest = re.sub(r"\.attention_blocks\.([01])\b", lambda match: f".attn{int(match[1]) + 1}", rest)
+    else:
         rest = re.sub(r"\.to_([qkv])$", r".\1_proj", rest).replace(".to_out.0", ".out_proj")
     return LoraName(component, rest.replace(".processor", "").replace(".base_layer", ""), role)
-
-
-def _parse_kohya(component: str, prefix: str, flat: str, role: str, modules: Mapping[str, str]) -> LoraName | None:
-    if component == "unet" and flat in modules:
-        return LoraName(component, modules[flat], role, prefix)
-    module = dotted(flat)
-    if module is None:
-        return None
-    plain = from_original(module) if component == "unet" else None
-    return LoraName(component, plain or module, role, prefix, plain is not None)
 
 
 def flat_names(weights: Iterable[str]) -> dict[str, str]:
@@ -137,46 +218,3 @@ def dotted(flat: str) -> str | None:
         words.append(match[1])
         position = match.end()
     return ".".join(words) or None
-
-
-def from_original(module: str) -> str | None:
-    """diffusers' name of a UNet module that is spelled as in original-format checkpoints (two layers a block)."""
-    if module in _TOP:
-        return _TOP[module]
-    match = re.fullmatch(r"(input_blocks|middle_block|output_blocks)\.(\d+)(?:\.(\d+))?\.(.+)", module)
-    if match is None:
-        return None
-    part, index, rest = match[1], int(match[2]), match[4]
-    if part == "middle_block":
-        kind, layer, tail = _KINDS[index % 2], index // 2, module.split(".", 2)[2]
-        return f"mid_block.{kind}.{layer}.{_RESNET.get(tail, tail)}"
-    if match[3] is None:
-        return None
-    kind_index = int(match[3])
-    block, layer = divmod(index - 1 if part == "input_blocks" else index, 3)
-    side = "down" if part == "input_blocks" else "up"
-    if rest in ("op", "conv"):
-        return f"{side}_blocks.{block}.{side}samplers.0.conv"
-    if kind_index >= len(_KINDS):
-        return None
-    return f"{side}_blocks.{block}.{_KINDS[kind_index]}.{layer}.{_RESNET.get(rest, rest)}"
-
-
-def to_original(module: str) -> str | None:
-    """The inverse of `from_original` for SDXL, whose blocks with an upsampler all have attention; None if unknown."""
-    if module in _TOP_BACK:
-        return _TOP_BACK[module]
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", module)
-    if match is not None:
-        side, block, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-        if kind == "downsamplers":
-            return f"input_blocks.{3 * block + 3}.0.op"
-        if kind == "upsamplers":
-            return f"output_blocks.{3 * block + 2}.2.conv"
-        index = 3 * block + layer + (1 if side == "down" else 0)
-        name = "input_blocks" if side == "down" else "output_blocks"
-        return f"{name}.{index}.{_KINDS.index(kind)}.{_RESNET_BACK.get(rest, rest)}"
-    match = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", module)
-    if match is None:
-        return None
-    return f"middle_block.{2 * int(match[2]) + _KINDS.index(match[1])}.{_RESNET_BACK.get(match[3], match[3])}"
