@@ -6,6 +6,7 @@ from perflow_diffusers.hub import (
     export_pipeline,
     load_perflow,
     push_perflow,
+    set_perflow_scale,
     set_scheduler,
     unload_perflow,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "open_weights",
     "push_perflow",
     "set_delta_scale",
+    "set_perflow_scale",
     "set_scheduler",
     "shrink_delta",
     "unload_perflow",

@@ -1,8 +1,9 @@
 """A LoRA as one more PEFT adapter of a UNet, beside others that stay as they are."""
 
+import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from perflow_diffusers.weights.plan import find_unet
 
 ADAPTER = "perflow"
 _FIRST = "conv_in.weight"
+_REMOVED = (
+    f"the LoRA '{ADAPTER}' was removed from the UNet, e.g. by `unload_lora_weights()`. `unload_perflow(pipe)` puts "
+    "the former scheduler back; then load the accelerator again."
+)
 
 
 def obstacle(pipe: Any, lora: WeightSource) -> str | None:
@@ -114,6 +119,66 @@ def detach(pipe: Any) -> None:
     known.pop(ADAPTER, None)
     if not known and hasattr(unet, "peft_config"):
         unet.unload_lora()  # type: ignore[operator]
+
+
+def check_adapter(unet: torch.nn.Module) -> None:
+    """Raises `ArtifactError` if the adapter "perflow" is not there, or where PEFT would pass over it."""
+    layers = [layer for _, layer in _layers(unet)]
+    if not any(ADAPTER in _names(layer) for layer in layers):
+        raise ArtifactError(f"There is no strength to set: {_REMOVED}")
+    if any(layer.merged for layer in layers):
+        raise ArtifactError(
+            "LoRAs are fused into the layers by `pipe.fuse_lora()`, which hides all others from them. Call "
+            "`pipe.unfuse_lora()` first."
+        )
+
+
+def activate(unet: torch.nn.Module, scale: float) -> None:
+    """Give the adapter "perflow" its strength, and make it active beside those that act now.
+
+    See `check_adapter` for what has to be so.
+    """
+    for _, layer in _layers(unet):
+        others = [] if layer.disable_adapters else [name for name in layer.active_adapters if name != ADAPTER]
+        layer.enable_adapters(True)
+        layer.set_adapter([*others, ADAPTER], inference_mode=True)
+        if ADAPTER in _names(layer):
+            layer.set_scale(ADAPTER, scale)
+
+
+def faulty_adapter(unet: torch.nn.Module, scale: float, rest: Sequence[float]) -> str | None:
+    """In words, why the adapter "perflow" does not act at `scale` on all of its layers, and what helps; or None.
+
+    `rest`: the scales of what is merged beside it.
+    """
+    right = f"`set_perflow_scale(pipe, {scale:g})` puts it right, beside the other LoRAs."
+    layers = [layer for _, layer in _layers(unet) if ADAPTER in _names(layer)]
+    if not layers:
+        return _REMOVED
+    loose = [layer for layer in layers if ADAPTER not in layer.merged_adapters]
+    if any(layer.merged for layer in loose):
+        return "other LoRAs are fused into its layers, which hides it from them. Call `pipe.unfuse_lora()`."
+    if any(layer.disable_adapters for layer in loose):
+        return f"its LoRA is switched off, e.g. by `disable_lora()`. {right}"
+    if any(ADAPTER not in layer.active_adapters for layer in loose):
+        return f"its LoRA is not active: another one was loaded or chosen after it. {right}"
+    if scale == 0:
+        return "its strength is 0. `set_perflow_scale(pipe, 1.0)` switches it on."
+    strengths = [*(_strength(layer) for layer in loose), *rest]
+    others = [value for value in strengths if not math.isclose(value, scale, rel_tol=1e-4)]
+    if others:
+        return (
+            f"parts of it act at the strength {others[0]:g} instead of {scale:g}: `set_adapters` and a call with "
+            f"`cross_attention_kwargs={{'scale': ...}}` reach only its LoRA, and the latter may leave 1. {right}"
+        )
+    return None
+
+
+def _strength(layer: Any) -> float:
+    """What the adapter counts for in a layer, as a multiple of its own alpha / rank."""
+    rank = layer.r[ADAPTER]
+    own = layer.lora_alpha[ADAPTER] / (math.sqrt(rank) if layer.use_rslora.get(ADAPTER, False) else rank)
+    return layer.scaling[ADAPTER] / own if own else 0.0
 
 
 def other_adapters(pipe: Any) -> list[str]:

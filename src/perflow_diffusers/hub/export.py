@@ -18,11 +18,13 @@ from perflow_diffusers.hub.card import PAPER, loading
 from perflow_diffusers.hub.documents import read_json, write_json
 from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.find import CARD
-from perflow_diffusers.hub.load import Loaded, loaded
 from perflow_diffusers.hub.recognise import PIPELINE_SETTINGS
+from perflow_diffusers.hub.state import companion, faulty, loaded
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import merge_delta, open_weights
 from perflow_diffusers.weights.lora import as_delta
+from perflow_diffusers.weights.merge import rescale_merge
+from perflow_diffusers.weights.plan import find_unet
 
 Form = Literal["plain", "code"]
 
@@ -64,6 +66,8 @@ def export_pipeline(
             f"The LoRAs {', '.join(other_adapters(pipe))} are attached, and a saved pipeline cannot carry them. Fuse "
             "them (`pipe.fuse_lora(adapter_names=[...])`, `pipe.delete_adapters(...)`) or delete them first."
         )
+    if (mine := companion(pipe)) is not None and mine.weights and (fault := faulty(find_unet(pipe))) is not None:
+        raise ArtifactError(f"{mine.artifact.name} is not whole in this pipeline: {fault}")
     _check_known_to_diffusers(pipe)
     _check_target(target, overwrite)
     temporary = target.with_name(f".perflow-{secrets.token_hex(4)}.tmp")
@@ -104,21 +108,21 @@ def _check_target(target: Path, overwrite: bool) -> None:
 @contextmanager
 def _merged(pipe: Any) -> Iterator[None]:
     """The UNet with an attached PeRFlow LoRA merged into its weights, and attached again afterwards."""
-    state: Loaded | None = loaded(pipe)
+    state = loaded(pipe)
     if state is None or state.form != "lora":
         yield
         return
-    path = state.artifact.lora_file
-    for merge in reversed(state.merges):
-        merge.set_scale(0)  # the whole LoRA, residual included, is merged below
+    path, unet, name = state.artifact.lora_file, find_unet(pipe), state.artifact.name
+    for number in reversed(state.merges):
+        rescale_merge(unet, number, name, 0)  # the whole LoRA, residual included, is merged below
     detach(pipe)
     try:
         with merge_delta(pipe, as_delta(open_weights(path)), state.scale):
             yield
     finally:
         attach(pipe, path, state.scale)
-        for merge in state.merges:
-            merge.set_scale(state.scale)
+        for number in state.merges:
+            rescale_merge(unet, number, name, state.scale)
 
 
 def _finish(pipe: Any, folder: Path, form: str, name: str, base_model: str | None, licence: str | None) -> None:
@@ -138,7 +142,7 @@ def _finish(pipe: Any, folder: Path, form: str, name: str, base_model: str | Non
     write_json(folder, "model_index.json", index, overwrite=True)
     for path in folder.glob("*/config.json"):
         _forget_origin(path)
-    state = loaded(pipe)
+    state = loaded(pipe) or companion(pipe)
     artifact = state.artifact if state is not None else None
     card = _card(pipe, form, name, base_model or (artifact and artifact.base_model), artifact, licence)
     (folder / CARD).write_text(str(card), encoding="utf-8")

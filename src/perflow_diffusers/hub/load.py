@@ -1,43 +1,33 @@
 """Everything that an accelerator needs in one call, and back: `load_perflow`, `unload_perflow`, `set_scheduler`."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging
 
-from perflow_diffusers.hub.adapters import attach, check_detachable, detach, obstacle
+from perflow_diffusers.hub.adapters import activate, attach, check_adapter, check_detachable, detach, obstacle
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.family import check_family, warn_of_scheduler
 from perflow_diffusers.hub.network import live_shapes, live_weights, shape_misfit
 from perflow_diffusers.hub.recognise import published_pipeline, settings_of
+from perflow_diffusers.hub.state import Companion, Loaded, companion, keep, loaded, was_taken_out
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import MergeHandle, WeightSource, merge_delta, open_weights
 from perflow_diffusers.weights.locate import SHORT_NAMES
 from perflow_diffusers.weights.lora import as_delta, open_residual
-from perflow_diffusers.weights.merge import Backup
+from perflow_diffusers.weights.merge import Backup, rescale_merge, undo_merge
 from perflow_diffusers.weights.plan import find_unet
 from perflow_diffusers.weights.published import published
+from perflow_diffusers.weights.stack import is_lost, scale_of
 
 logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so that its verbosity applies
 
 #: What a user may ask for.
 FORMS = ("auto", "delta", "lora")
-_ATTRIBUTE = "_perflow_loaded"
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What was done to a pipeline, and what to put back."""
-
-    artifact: PeRFlowArtifact
-    scheduler: Any
-    form: str | None = None
-    scale: float = 1.0
-    merges: tuple[MergeHandle, ...] = field(default=())
 
 
 def load_perflow(
@@ -71,13 +61,16 @@ def load_perflow(
     prediction, or weights that share nothing with its base's. A fine-tune of the base is the normal use and only
     logged. `strict=False` turns the last three into warnings of the log.
     """
-    if _ATTRIBUTE in vars(pipe):
+    present = loaded(pipe) or companion(pipe)
+    if present is not None:
         raise ArtifactError(
-            f"{vars(pipe)[_ATTRIBUTE].artifact.name} is loaded into this pipeline. Call `unload_perflow(pipe)` first."
+            f"{present.artifact.name} is loaded into this pipeline. Call `unload_perflow(pipe)` first. (Pipelines "
+            "that share a UNet share what is loaded into it.)"
         )
     if _is_itself(pipe, source):
-        set_scheduler(pipe)
-        return vars(pipe)[_ATTRIBUTE].artifact
+        artifact = settings_of(pipe)
+        _set_scheduler(pipe, artifact, pipe.scheduler)
+        return artifact
     where: dict[str, Any] = {"revision": revision, "variant": variant, "subfolder": subfolder}
     where.update(token=token, local_files_only=local_files_only)
     if weights not in FORMS:
@@ -114,6 +107,7 @@ def _load(
         else:
             merges.append(merge_delta(pipe, artifact.files[form.split()[-1]], scale, backup=backup))
         former = pipe.scheduler
+        scheduler._before_run = Companion(artifact, former, pipe, weights=True)
         pipe.scheduler = scheduler
     except BaseException:
         if attached:
@@ -121,7 +115,7 @@ def _load(
         for merge in reversed(merges):
             merge.undo()
         raise
-    vars(pipe)[_ATTRIBUTE] = Loaded(artifact, former, form, scale, tuple(merges))
+    keep(unet, Loaded(artifact, former, form, scale, tuple(merge.number for merge in merges)))
     note = "" if why is None else f" (not attached: {why})"
     logger.info(_summary(artifact, f"{form} x {scale:g}{note}", scheduler))
     return artifact
@@ -130,21 +124,63 @@ def _load(
 def unload_perflow(pipe: Any, *, force: bool = False) -> None:
     """Take out what `load_perflow` did: every bit of the weights, and the former scheduler, are as before.
 
-    Other LoRAs stay as they are. Raises `ArtifactError` if nothing is loaded or its LoRA was fused, `MergeError` if
-    something else changed the weights since (then nothing is changed; `force=True` overwrites it).
+    Other LoRAs stay as they are. It works on copies of the pipeline and of its UNet. Of pipelines that share a UNet
+    one takes the weights out; called on the others, it then puts their schedulers back.
+
+    Raises `ArtifactError` if nothing is loaded, if its LoRA was fused, or if the UNet is another one now (`force=True`
+    then puts the former scheduler back, which is all there is to do); `MergeError` if something else changed the
+    weights since (`force=True` overwrites it), or if they were pickled. Then nothing is changed.
     """
-    state = vars(pipe).get(_ATTRIBUTE)
-    if state is None:
+    state, mine = loaded(pipe), companion(pipe)
+    unet = find_unet(pipe)
+    if state is None and mine is None:
         raise ArtifactError("Nothing is loaded into this pipeline by `load_perflow`. Was it loaded into another one?")
+    if state is None and mine is not None and mine.weights and not was_taken_out(unet) and not force:
+        raise ArtifactError(
+            f"{mine.artifact.name} is no longer in this pipeline: its UNet is another one than that which it was "
+            "loaded into. Nothing was changed. Pass force=True to put the former scheduler back all the same."
+        )
+    if state is not None:
+        _take_out(pipe, unet, state, force)
+        keep(unet, None)
+    pipe.scheduler = (mine or state).former  # type: ignore[union-attr]
+
+
+def _take_out(pipe: Any, unet: torch.nn.Module, state: Loaded, force: bool) -> None:
+    """Undo merges and attachment."""
+    name = state.artifact.name
     if state.form == "lora":
         check_detachable(pipe)
-    for merge in reversed(state.merges):
-        if merge.active or merge.backup == "none":  # the latter to say that it cannot be undone
-            merge.undo(force=force)
+    for number in reversed(state.merges):
+        # None and what was pickled are there to say that they cannot be undone; what is gone was undone by hand.
+        if number is None or is_lost(unet, number) or scale_of(unet, number) is not None:
+            undo_merge(unet, number, name, force=force)
     if state.form == "lora":
         detach(pipe)
-    pipe.scheduler = state.scheduler
-    del vars(pipe)[_ATTRIBUTE]
+
+
+def set_perflow_scale(pipe: Any, scale: float) -> None:
+    """Set the strength of what `load_perflow` put into a pipeline, all of it: 1 is full, 0 none.
+
+    A merged accelerator is rescaled from the base's bits, without drift. An attached LoRA is rescaled with the biases
+    and norms that are merged beside it, and made active beside the LoRAs that act now; those that are switched off
+    stay so. This is the one way that reaches all parts: `set_adapters`, `disable_lora` and
+    `cross_attention_kwargs={"scale": ...}` of diffusers act on adapters alone.
+
+    Raises `ArtifactError` if nothing is loaded, for a scale that is no finite number, and if its LoRA was removed or
+    LoRAs are fused; `MergeError` as `unload_perflow` does. Then nothing is changed.
+    """
+    unet, state = find_unet(pipe), loaded(pipe)
+    if state is None:
+        raise ArtifactError("Nothing is loaded into this pipeline by `load_perflow`, so there is no strength to set.")
+    value = _strength(scale)
+    if state.form == "lora":
+        check_adapter(unet)
+    for number in state.merges:
+        rescale_merge(unet, number, state.artifact.name, value)
+    if state.form == "lora":
+        activate(unet, value)
+    keep(unet, replace(state, scale=value))
 
 
 def set_scheduler(pipe: Any, source: Any = None, **where: Any) -> PeRFlowScheduler:
@@ -155,22 +191,20 @@ def set_scheduler(pipe: Any, source: Any = None, **where: Any) -> PeRFlowSchedul
     `where` as in `load_perflow`). `unload_perflow(pipe)` puts the former scheduler back. Raises `ArtifactError` for a
     pipeline that is not recognised.
     """
-    state = vars(pipe).get(_ATTRIBUTE)
-    if state is not None and state.form is not None:
+    state, mine = loaded(pipe), companion(pipe)
+    if state is not None:
         raise ArtifactError(f"{state.artifact.name} is loaded, with its scheduler. Call `unload_perflow(pipe)` first.")
     artifact = settings_of(pipe) if source is None else PeRFlowArtifact.from_pretrained(source, "none", **where)
-    former = pipe.scheduler if state is None else state.scheduler
+    return _set_scheduler(pipe, artifact, pipe.scheduler if mine is None else mine.former)
+
+
+def _set_scheduler(pipe: Any, artifact: PeRFlowArtifact, former: Any) -> PeRFlowScheduler:
     scheduler = artifact.make_scheduler(former.config)
     warn_of_scheduler(artifact, former.config)
+    scheduler._before_run = Companion(artifact, former, pipe, weights=False)
     pipe.scheduler = scheduler
-    vars(pipe)[_ATTRIBUTE] = Loaded(artifact, former)
     logger.info(_summary(artifact, "weights as they are", scheduler))
     return scheduler
-
-
-def loaded(pipe: Any) -> Loaded | None:
-    """What `load_perflow` or `set_scheduler` did to a pipeline."""
-    return vars(pipe).get(_ATTRIBUTE)
 
 
 def _is_itself(pipe: Any, source: Any) -> bool:

@@ -9,7 +9,7 @@ import json
 import operator
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -75,6 +75,8 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
     order = 1
+    # Called at the start of every run, by those who look after the weights that it is for.
+    _before_run: Callable[[], None] | None = None
 
     @register_to_config
     def __init__(
@@ -215,6 +217,8 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(
                 f"`num_inference_steps={num_inference_steps}` and `timesteps={timesteps}`; pass exactly one of them."
             )
+        if self._before_run is not None:
+            self._before_run()
         points = self._grid(num_inference_steps) if timesteps is None else self._explicit(timesteps)
         self.num_inference_steps = len(points) - 1
         self.timesteps = torch.tensor(points[:-1], dtype=torch.int64, device=device)

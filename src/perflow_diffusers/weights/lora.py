@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,12 +34,17 @@ _SAFE = 100.0  # bounds below this need no exact look: sums overflow fp16 only a
 class Rebuilt(WeightSource):
     """A delta in fp32 whose tensors are computed, on the device where they are used, from a more compact form.
 
-    `covers_all` says whether it covers all weights of a model, or only some as a LoRA does.
+    `covers_all` says whether it covers all weights of a model, or only some as a LoRA does; `made_of` are the
+    arguments of `as_delta` that it came from.
     """
 
     build: Callable[[str, torch.device], torch.Tensor]
     bounds: Callable[[str], tuple[float, float]]
     covers_all: bool
+    made_of: tuple[WeightSource, dict[str, tuple[int, ...]]] = field(repr=False)
+
+    def __reduce__(self) -> tuple:
+        return _made_again, self.made_of
 
     @property
     def kind(self) -> str:
@@ -144,7 +149,7 @@ def _lora_as_delta(source: WeightSource, model: Mapping[str, tuple[int, ...]]) -
         low, high = residual.extremes(rest[name]) if name in rest else (0.0, 0.0)
         return low - bound, high + bound
 
-    return _rebuilt(source, shapes, dict.fromkeys(shapes, torch.float32), build, bounds, covers_all=False)
+    return _rebuilt(source, shapes, dict.fromkeys(shapes, torch.float32), build, bounds, covers_all=False, model=model)
 
 
 def _product_shape(source: WeightSource, layer: LoraLayer, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -205,7 +210,7 @@ def _packed_as_delta(source: WeightSource, packed: list[str]) -> Rebuilt:
         bound = 128 * max(abs(low), abs(high))
         return -bound, bound
 
-    return _rebuilt(source, shapes, dtypes, build, bounds, covers_all=True)
+    return _rebuilt(source, shapes, dtypes, build, bounds, covers_all=True, model={})
 
 
 def _rebuilt(
@@ -216,6 +221,7 @@ def _rebuilt(
     bounds: Callable[[str], tuple[float, float]],
     *,
     covers_all: bool,
+    model: Mapping[str, tuple[int, ...]],
 ) -> Rebuilt:
     return Rebuilt(
         source.name,
@@ -227,4 +233,12 @@ def _rebuilt(
         build=build,
         bounds=bounds,
         covers_all=covers_all,
+        made_of=(source, dict(model)),
     )
+
+
+def _made_again(source: WeightSource, model: dict[str, tuple[int, ...]]) -> WeightSource:
+    """What was pickled; its warnings were given when it was made."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return as_delta(source, model)

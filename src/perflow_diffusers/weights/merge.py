@@ -1,5 +1,6 @@
 """Put deltas into a UNet and take them out to the last bit: `merge_delta`, `unmerge_delta`, `set_delta_scale`."""
 
+import copy
 import time
 import warnings
 import weakref
@@ -78,12 +79,13 @@ class MergeHandle:
     """A merge that was done: says what (`report`, `metadata`) and takes it back (`undo`, or the end of a `with`).
 
     `plan` is what was checked, `metadata` the header of the delta (str -> str: prediction_type, steps, ...),
-    `backup` where the base bits are ("cpu", "disk", "none").
+    `backup` where the base bits are ("cpu", "disk", "none"), `number` tells it from other merges on its UNet. A deep
+    copy acts on the copy of the UNet that is made with it, a pickled one on none: a pickle keeps no base bits.
     """
 
-    def __init__(self, unet: torch.nn.Module, number: int | None, plan: MergePlan, report: MergeReport) -> None:
-        self._unet = weakref.ref(unet)
-        self._number = number
+    def __init__(self, unet: torch.nn.Module | None, number: int | None, plan: MergePlan, report: MergeReport) -> None:
+        self._unet = _no_unet if unet is None else weakref.ref(unet)
+        self.number = number
         self.plan = plan
         self.report = report
         self.backup = report.backup
@@ -97,44 +99,36 @@ class MergeHandle:
     def active(self) -> bool:
         """Whether the merge is in the weights and can be undone."""
         unet = self._unet()
-        return unet is not None and any(layer.number == self._number for layer in stack_of(unet).layers)
+        return unet is not None and any(layer.number == self.number for layer in stack_of(unet).layers)
 
     @property
     def scale(self) -> float:
         """The present scale; 0 after `undo`."""
         unet = self._unet()
         layers = stack_of(unet).layers if unet is not None else []
-        default = self.report.scale if self._number is None else 0.0
-        return next((layer.scale for layer in layers if layer.number == self._number), default)
+        default = self.report.scale if self.number is None else 0.0
+        return next((layer.scale for layer in layers if layer.number == self.number), default)
 
     def undo(self, *, force: bool = False) -> None:
         """Take this merge out; the last one on the UNet must go first. Errors as in `unmerge_delta`."""
-        unet = self._live_unet()
-        layers = stack_of(unet).layers
-        if layers[-1].number != self._number:
-            numbers = [layer.number for layer in layers]
-            above = layers[numbers.index(self._number) + 1 :] if self._number is not None else []
-            later = ", ".join(layer.plan.source.name for layer in reversed(above))
-            raise MergeError(
-                f"{self.plan.source.name} is not the last merge on this UNet: merged after it, and to be undone "
-                f"before it: {later}. (`set_scale(0)` switches it off where it is.)"
-            )
-        _undo_last(unet, force)
+        undo_merge(self._live_unet(), self.number, self.plan.source.name, force=force)
 
     def set_scale(self, scale: float) -> None:
         """Change the strength, computed from the base bits: no drift. Errors as in `set_delta_scale`."""
-        _rescale(self._live_unet(), self._number, scale)
+        rescale_merge(self._live_unet(), self.number, self.plan.source.name, scale)
 
     def _live_unet(self) -> torch.nn.Module:
         """The UNet, or the reason why nothing can be done to it."""
         unet = self._unet()
         if unet is None:
             raise MergeError("The UNet that this merge was made on no longer exists.")
-        if self._number is None:
-            raise MergeError(_PERMANENT.format(self.plan.source.name))
-        if not self.active:
-            raise MergeError(f"{self.plan.source.name} is no longer merged: it was undone before.")
         return unet
+
+    def __deepcopy__(self, memo: dict) -> "MergeHandle":
+        return MergeHandle(copy.deepcopy(self._unet(), memo), self.number, self.plan, self.report)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_unet": _no_unet}
 
     def __enter__(self) -> "MergeHandle":
         return self
@@ -142,14 +136,54 @@ class MergeHandle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._number is None or self.active:
+        if self.number is None or self.active:
             self.undo()
 
     def __repr__(self) -> str:
         return f"MergeHandle({self.report}; {'active' if self.active else 'not undoable or undone'})"
 
 
+def _no_unet() -> None:
+    """The reference of a handle whose UNet is elsewhere."""
+
+
+def undo_merge(unet: torch.nn.Module, number: int | None, name: str, *, force: bool = False) -> None:
+    """Take one merge out of a UNet by its number; `name` is its source, for errors, as in `unmerge_delta`."""
+    layers = _layers_with(unet, number, name)
+    numbers = [layer.number for layer in layers]
+    if numbers[-1] != number:
+        above = layers[numbers.index(number) + 1 :] if number is not None else []
+        later = ", ".join(layer.plan.source.name for layer in reversed(above))
+        raise MergeError(
+            f"{name} is not the last merge on this UNet: merged after it, and to be undone before it: {later}. "
+            "(`set_scale(0)` switches it off where it is.)"
+        )
+    _undo_last(unet, force)
+
+
+def rescale_merge(unet: torch.nn.Module, number: int | None, name: str, scale: Any) -> None:
+    """Change the strength of one merge by its number; errors as in `set_delta_scale`."""
+    _layers_with(unet, number, name)
+    _rescale(unet, number, scale)
+
+
+def _layers_with(unet: torch.nn.Module, number: int | None, name: str) -> list[Layer]:
+    """The merges of a UNet, or the reason why nothing can be done to one of them."""
+    stack = stack_of(unet)
+    if number is None:
+        raise MergeError(_PERMANENT.format(name))
+    if number in stack.lost:
+        raise MergeError(_LOST.format(name))
+    if all(layer.number != number for layer in stack.layers):
+        raise MergeError(f"{name} is no longer merged: it was undone before.")
+    return stack.layers
+
+
 _PERMANENT = "{} was merged with backup='none', so nothing can undo or rescale it. Load the model again."
+_LOST = (
+    "{} was merged into this UNet before it was pickled, and a pickle keeps no copy of the base to go back to. Load "
+    "the model again."
+)
 
 
 def merge_delta(
@@ -226,6 +260,9 @@ def _check_mergeable(stack: MergeStack) -> None:
     """Refuse to undo or rescale what is not there."""
     if not stack.layers and stack.permanent:
         raise MergeError(_PERMANENT.format(stack.permanent[-1].source.name))
+    if not stack.layers and stack.lost:
+        name = list(stack.lost.values())[-1]
+        raise MergeError("Nothing is merged that could be undone: " + _LOST.format(name))
     if not stack.layers:
         raise MergeError(
             "Nothing is merged into this UNet (or it was unpickled or loaded since). Call `merge_delta` first."

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -84,6 +84,14 @@ class WeightSource(Mapping[str, torch.Tensor]):
         """A tensor for use on `device`: already there if it must be computed, else wherever it is."""
         return self[name]
 
+    def __deepcopy__(self, memo: dict) -> "WeightSource":
+        return self  # nobody can write to it
+
+    def __reduce__(self) -> tuple:
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+        return _unpickled, (type(self), plain)
+
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.shapes:
             raise KeyError(name)
@@ -97,6 +105,11 @@ class WeightSource(Mapping[str, torch.Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
+
+
+def _unpickled(kind: type[WeightSource], values: dict[str, Any]) -> WeightSource:
+    held = {key: MappingProxyType(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return kind(**held)
 
 
 def open_weights(
@@ -187,7 +200,7 @@ def _from_tensors(tensors: Mapping[Any, Any], name: str) -> WeightSource:
     if wrong:
         value = type(tensors[wrong[0]]).__name__
         raise WeightSourceError(f"A state dict maps names to tensors, but {wrong[0]!r} of the given one is a {value}.")
-    held = MappingProxyType({key: value.detach() for key, value in tensors.items()})
+    held = {key: value.detach() for key, value in tensors.items()}
     shapes = {key: tuple(value.shape) for key, value in held.items()}
     dtypes = {key: value.dtype for key, value in held.items()}
     return WeightSource(name, MappingProxyType(shapes), MappingProxyType(dtypes), held.__getitem__)
@@ -213,35 +226,63 @@ def _from_files(located: Located) -> WeightSource:
         name=located.name,
         shapes=MappingProxyType({name: part.shapes[name] for name, part in home.items()}),
         dtypes=MappingProxyType({name: part.dtypes[name] for name, part in home.items()}),
-        read=lambda name: home[name].read(name),
+        read=_Shards(home),
         metadata=MappingProxyType(metadata),
         files=located.files,
     )
 
 
+@dataclass(frozen=True)
+class _Shards:
+    """Reads a tensor from the file that it is in."""
+
+    home: Mapping[str, WeightSource]
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return self.home[name].read(name)
+
+
+class _File:
+    """Reads tensors of one file, which stays open; a pickle of it opens the file again when it is asked."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle: Any = None
+
+    def open(self) -> Any:
+        """The open file, or an error that says what is wrong with it."""
+        if self._handle is None:
+            try:
+                self._handle = safe_open(self._path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise _damaged(self._path, str(error)) from error
+        return self._handle
+
+    def __call__(self, name: str) -> torch.Tensor:
+        try:
+            return self.open().get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise _damaged(self._path, f"{name}: {error}") from error
+
+    def __reduce__(self) -> tuple:
+        return _File, (self._path,)
+
+
 def _from_file(path: Path) -> WeightSource:
     """One safetensors file, memory-mapped; the header is checked against the file's size before anything is read."""
     header = _header(path)
-    try:
-        handle = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, str(error)) from error
+    reader = _File(path)
+    reader.open()
     metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
     unknown = sorted({str(entry["dtype"]) for entry in header.values()} - set(_DTYPES))
     if unknown:
         raise WeightSourceError(f"{path} holds tensors of type {', '.join(unknown)}, which this version cannot read.")
 
-    def read(name: str) -> torch.Tensor:
-        try:
-            return handle.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise _damaged(path, f"{name}: {error}") from error
-
     return WeightSource(
         str(path),
         MappingProxyType({name: tuple(entry["shape"]) for name, entry in header.items()}),
         MappingProxyType({name: _DTYPES[entry["dtype"]] for name, entry in header.items()}),
-        read,
+        reader,
         MappingProxyType(metadata),
         (path,),
     )

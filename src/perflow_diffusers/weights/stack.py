@@ -49,7 +49,8 @@ class Saved:
 class MergeStack:
     """What a UNet carries: layers that can be undone, base bits, samples of what was written, and permanent merges.
 
-    Copies of the UNet share the base bits, which nobody changes. A pickled UNet forgets its merges.
+    Copies of the UNet share the base bits, which nobody changes. A pickled UNet forgets its merges but for their
+    numbers and sources, `lost`.
     """
 
     layers: list[Layer] = field(default_factory=list)
@@ -58,6 +59,7 @@ class MergeStack:
     marks: dict[str, torch.Tensor] = field(default_factory=dict)
     permanent: list[MergePlan] = field(default_factory=list)
     count: int = 0
+    lost: dict[int, str] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> "MergeStack":
         return MergeStack(
@@ -67,10 +69,17 @@ class MergeStack:
             dict(self.marks),
             list(self.permanent),
             self.count,
+            dict(self.lost),
         )
 
     def __reduce__(self) -> tuple:
-        return MergeStack, ()
+        lost = self.lost | {layer.number: layer.plan.source.name for layer in self.layers}
+        return _without_base, (self.count, lost)
+
+
+def _without_base(count: int, lost: dict[int, str]) -> MergeStack:
+    """The stack of a UNet that was pickled; new merges get new numbers."""
+    return MergeStack(count=count, lost=lost)
 
 
 def stack_of(unet: torch.nn.Module) -> MergeStack:
@@ -78,6 +87,16 @@ def stack_of(unet: torch.nn.Module) -> MergeStack:
     if _ATTRIBUTE not in unet.__dict__:
         unet.__dict__[_ATTRIBUTE] = MergeStack()
     return unet.__dict__[_ATTRIBUTE]
+
+
+def scale_of(unet: torch.nn.Module, number: int) -> float | None:
+    """The present scale of one merge of a UNet, or None if it is not there (any more)."""
+    return next((layer.scale for layer in stack_of(unet).layers if layer.number == number), None)
+
+
+def is_lost(unet: torch.nn.Module, number: int) -> bool:
+    """Whether a merge is in the weights, but was pickled with them, so that nothing can undo it."""
+    return number in stack_of(unet).lost
 
 
 def save_bits(weights: Mapping[str, torch.Tensor], backup: Backup) -> Saved:

@@ -1,0 +1,134 @@
+"""What an accelerated pipeline carries: the accelerator on its UNet, the former scheduler on PeRFlow's.
+
+Neither is kept on the pipeline: copies of a UNet take its accelerator with them, and pipelines that share one agree.
+"""
+
+import copy
+import warnings
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from perflow_diffusers.hub.adapters import faulty_adapter
+from perflow_diffusers.weights.errors import MergeError
+from perflow_diffusers.weights.plan import find_unet
+from perflow_diffusers.weights.stack import is_lost, scale_of
+
+if TYPE_CHECKING:
+    from perflow_diffusers.hub.artifact import PeRFlowArtifact
+
+_ON_UNET = "_perflow_loaded"
+_FAULT = "PeRFlowScheduler is drawing, but the weights of {} are not at work as they should be: {}"
+_RELOAD = "`unload_perflow(pipe)` puts the former scheduler back; then load the accelerator again."
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An accelerator in a UNet, on which this is kept.
+
+    `form`: "delta", "lora" (attached) or "merged lora". `scale`: its strength. `merges`: numbers of the merges of the
+    UNet that belong to it, None for one that cannot be undone. `former`: the scheduler before PeRFlow's.
+    """
+
+    artifact: "PeRFlowArtifact"
+    former: Any
+    form: str
+    scale: float
+    merges: tuple[int | None, ...]
+
+
+class Companion:
+    """What PeRFlow's scheduler knows of its pipeline: the former scheduler, and where the weights should be.
+
+    The scheduler calls it at the start of every run: the first run without the weights is warned of. It reads no
+    tensor. `weights`: whether `load_perflow` put them in, rather than that they came with the pipeline. A deep copy
+    of the pipeline watches the copy; a copy or a pickle of the scheduler alone watches nothing.
+    """
+
+    def __init__(self, artifact: "PeRFlowArtifact", former: Any, pipe: Any = None, *, weights: bool) -> None:
+        self.artifact, self.former, self.weights = artifact, former, weights
+        self._said: str | None = None
+        self._pipe = _reference(pipe)
+        self._unet = _nothing if pipe is None else _reference(find_unet(pipe))
+
+    def __call__(self) -> None:
+        """Warn if the weights are not at work, once for each reason."""
+        unet = self._present_unet() if self.weights else None
+        fault = None if unet is None else faulty(unet)
+        if fault is not None and fault != self._said:
+            warnings.warn(_FAULT.format(self.artifact.name or "an accelerator", fault), UserWarning, stacklevel=3)
+        self._said = fault
+
+    def _present_unet(self) -> torch.nn.Module | None:
+        """The UNet that this run uses, as far as it can be told: pipelines may share a scheduler."""
+        pipe = self._pipe()
+        if pipe is not None and companion(pipe) is self:
+            try:
+                self._unet = _reference(find_unet(pipe))  # for when the pipeline is gone, and a twin has its parts
+            except MergeError:
+                return None
+        return self._unet()
+
+    def __deepcopy__(self, memo: dict) -> "Companion":
+        twin = Companion(self.artifact, copy.deepcopy(self.former, memo), weights=self.weights)
+        memo[id(self)] = twin
+        twin._said = self._said
+        twin._pipe = _reference(memo.get(id(self._pipe())))  # it has no parts yet: the UNet is looked up when needed
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pipe": _nothing, "_unet": _nothing}
+
+
+def _nothing() -> None:
+    """A reference to what is not there; unlike a weak one it can be pickled."""
+
+
+def _reference(thing: Any) -> Any:
+    try:
+        return _nothing if thing is None else weakref.ref(thing)
+    except TypeError:  # not everything that acts as a pipeline can be referred to
+        return _nothing
+
+
+def loaded(pipe_or_unet: Any) -> Loaded | None:
+    """What `load_perflow` put into a UNet, or into that of a pipeline."""
+    return vars(find_unet(pipe_or_unet)).get(_ON_UNET)
+
+
+def keep(unet: torch.nn.Module, state: Loaded | None) -> None:
+    """Note on a UNet what is in it; None that it was taken out again."""
+    vars(unet)[_ON_UNET] = state
+
+
+def was_taken_out(unet: torch.nn.Module) -> bool:
+    """Whether an accelerator was in this UNet, and was taken out by `unload_perflow`."""
+    return vars(unet).get(_ON_UNET, unet) is None
+
+
+def companion(pipe: Any) -> Companion | None:
+    """What the pipeline's scheduler knows, if `load_perflow` or `set_scheduler` made it."""
+    found = getattr(getattr(pipe, "scheduler", None), "_before_run", None)
+    return found if isinstance(found, Companion) else None
+
+
+def faulty(unet: torch.nn.Module) -> str | None:
+    """In words, why the accelerator that should be in a UNet is not at work as a whole, and what helps; or None."""
+    state = loaded(unet)
+    if state is None and was_taken_out(unet):
+        return f"they were taken out through another pipeline that shares the UNet. {_RELOAD}"
+    if state is None:
+        return (
+            "the pipeline's UNet is another one than they were loaded into. Load the accelerator again, after "
+            "`unload_perflow(pipe, force=True)`, which puts the former scheduler back."
+        )
+    scales = [scale_of(unet, number) for number in state.merges if number is not None and not is_lost(unet, number)]
+    if None in scales:
+        return f"they were taken out by `unmerge_delta`. {_RELOAD}"
+    if state.form == "lora":
+        return faulty_adapter(unet, state.scale, [scale for scale in scales if scale is not None])
+    if 0 in scales:
+        return "their strength is 0. `set_perflow_scale(pipe, 1.0)` switches them on."
+    return None
