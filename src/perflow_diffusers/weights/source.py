@@ -108,7 +108,9 @@ class WeightSource(Mapping[str, torch.Tensor]):
 
 
 def _unpickled(kind: type[WeightSource], values: dict[str, Any]) -> WeightSource:
-    held = {key: MappingProxyType(value) if isinstance(value, dict) else value for key, value in values.items()}
+    held: dict[str, Any] = {
+        key: MappingProxyType(value) if isinstance(value, dict) else value for key, value in values.items()
+    }
     return kind(**held)
 
 
