@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,14 @@ from torch import Tensor
 from ..flow import PREDICTION_TYPES, NoisePath, Windows, clean_estimate, euler, marginal
 from ..flow.chord import check_prediction_type
 from .base_config import NETWORK_FACTS, refusal, with_defaults
-
-Numbers = tuple[float, float, float, float]
+from .run import Numbers, Run, Spans
 
 # What the network of a stock pipeline may predict, in the words of diffusers' `prediction_type`.
 BASE_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+# Two threads' `set_timesteps` do not mix.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass
@@ -125,12 +129,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps, 0, -1)
-        self._run: Tensor | None = None
-        self._begin_index: int | None = None
-        self._step_index: int | None = None
-        self._spans: dict[int, tuple[int, int]] = {}
-        self._positions: dict[int, int] = {}
-        self._steps: list[Numbers] = []
+        self._run = Run((), self.timesteps, {}, [], None, None)
         self._table: Tensor | None = None
         self._warned = False
 
@@ -177,12 +176,12 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @property
     def step_index(self) -> int | None:
         """How many of `timesteps` are done; None before the first step. Not counted inside a compiled step."""
-        return self._step_index
+        return self._run.index
 
     @property
     def begin_index(self) -> int | None:
         """The place in `timesteps` of the first step of a run that starts in the middle; None until it is set."""
-        return self._begin_index
+        return self._run.begin
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at `timesteps[begin_index]`; pipelines call it for image to image.
@@ -190,7 +189,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises ValueError for a place that leaves no step: an image-to-image call with strength * steps < 1, or a
         refiner's with a `denoising_start` that no timestep lies below.
         """
-        n = len(self.timesteps)
+        run, n = self._run.own(), len(self.timesteps)
         if not 0 <= begin_index < n:
             raise ValueError(
                 f"`begin_index={begin_index}` leaves no step to take; expected 0 to {n - 1} with {n} steps. In image "
@@ -198,7 +197,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"that no timestep of {self.timesteps.tolist()} lies below the cut: lower `denoising_start`, and the "
                 "base's `denoising_end` with it, or use more steps."
             )
-        self._begin_index = begin_index
+        run.begin = begin_index
 
     def set_timesteps(
         self,
@@ -220,11 +219,13 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if self._before_run is not None:
             self._before_run()
         points = self._grid(num_inference_steps) if timesteps is None else self._explicit(timesteps)
-        self.num_inference_steps = len(points) - 1
-        self.timesteps = torch.tensor(points[:-1], dtype=torch.int64, device=device)
-        self._run = self.timesteps  # kept even if someone assigns other timesteps: its address must stay taken
-        self._begin_index = self._step_index = None
-        self._prepare(points)
+        given = torch.tensor(points[:-1], dtype=torch.int64, device=device)
+        spans, steps, table, exact = self._numbers(points, given.device)
+        with _ONE_AT_A_TIME:
+            run = Run(tuple(points), given, spans, steps, table, exact)
+            run.follow(self._run)
+            self.num_inference_steps, self.timesteps = len(points) - 1, given
+            self._run, self._table = run, table
 
     def _grid(self, n: Any) -> list[int]:
         try:
@@ -256,13 +257,16 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         return [*map(int, given), last]
 
-    def _prepare(self, points: list[int]) -> None:
-        """Compute every number of the run in float64: per step (a, b) and the x0 estimate's (p, q)."""
-        steps = list(pairwise(points))
-        self._spans = {t: self.windows.span(t, t_next) for t, t_next in steps}
-        self._positions = {t: i for i, t in enumerate(points[:-1])}
+    def _numbers(self, points: list[int], device: torch.device) -> tuple[Spans, list[Numbers], Tensor, Tensor]:
+        """Every number of a run, computed in float64: per step (a, b) and the x0 estimate's (p, q).
+
+        Returns the steps' windows, the numbers, and a table of them by timestep in float32 on `device`, in float64 at
+        home: a device need not have float64, unless it holds a sample in it.
+        """
+        moves = list(pairwise(points))
+        spans = {t: self.windows.span(t, t_next) for t, t_next in moves}
         home = self.path.alpha.device  # where the tables were made, whatever the default device is now
-        t, t_next, start, end = torch.tensor([(*x, *self._spans[x[0]]) for x in steps], device=home).unbind(1)
+        t, t_next, start, end = torch.tensor([(*x, *spans[x[0]]) for x in moves], device=home).unbind(1)
         numbers = torch.stack(
             [
                 *euler(self.path, self._type, start, end, t, t_next),
@@ -270,12 +274,11 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             ],
             dim=1,
         )
-        self._steps = [(a, b, p, q) for a, b, p, q in numbers.tolist()]
-        device = self.timesteps.device
         # Rows off the grid stay NaN: inside a compiled graph nothing can raise, and NaN is seen.
-        table = torch.full((len(self.path.alpha), 4), torch.nan, dtype=torch.float64, device=home)
-        table[t] = numbers
-        self._table = table.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        exact = torch.full((len(self.path.alpha), 4), torch.nan, dtype=torch.float64, device=home)
+        exact[t] = numbers
+        steps = [(a, b, p, q) for a, b, p, q in numbers.tolist()]
+        return spans, steps, exact.to(torch.float32).to(device), exact
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The sample itself: PeRFlow's network takes the state as it is."""
@@ -292,11 +295,12 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Move the sample along its window's straight line to the next timestep: `a * sample + b * model_output`.
 
         `model_output`, `sample`: (B, C, ...), computed in float32 (float64 for float64 samples) and returned in the
-        sample's dtype. `timestep`: a number or one-element tensor of `timesteps`, or one per sample (B,). After the
-        first, tensors are not read, only counted, so that no step waits for a device; a compiled step and one with a
-        timestep per sample look their numbers up by timestep instead. `generator` is part of the API and has no use:
-        the sampler is deterministic. With `return_dict=False` the result is `(prev_sample,)`, the fast path.
-        Raises ValueError before `set_timesteps`, after the last step, and for a number that is not in `timesteps`.
+        sample's dtype. `timestep`: a number or one-element tensor of `timesteps`, or one per sample (B,). Elements of
+        `timesteps` are known by their address, and copies on a device are counted after the first, so that no step
+        waits for a device; a compiled step and one with a timestep per sample look their numbers up by timestep.
+        `generator` is part of the API and has no use: the sampler is deterministic. With `return_dict=False` the
+        result is `(prev_sample,)`, the fast path. Raises ValueError before `set_timesteps`, after the last step, for a
+        number that is not in `timesteps`, and where another thread has set other timesteps since.
         """
         if torch.compiler.is_compiling() or (isinstance(timestep, Tensor) and timestep.numel() > 1):
             rows = self._look_up(timestep, sample)
@@ -309,38 +313,33 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return PeRFlowSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample,)
 
     def _count(self, timestep: int | float | Tensor) -> Numbers:
-        """The numbers of this step, found by counting; by value for the first step and for a Python number."""
-        index = self._step_index
-        if not isinstance(timestep, Tensor):
-            index = self._position(timestep)
-        elif index is None:
-            index = self._position(timestep) if self._begin_index is None else self._begin_index
-        if index >= len(self._steps):
-            raise ValueError(f"All {len(self._steps)} steps are done. Call `set_timesteps` before the next run.")
-        self._step_index = index + 1
-        return self._steps[index]
-
-    def _position(self, timestep: int | float | Tensor) -> int:
-        # An element of `timesteps` says by its address where it is: reading it would wait for the device.
-        if isinstance(timestep, Tensor) and _is_part(timestep, self._run):
-            return int(timestep.storage_offset())
-        value = timestep.item() if isinstance(timestep, Tensor) else timestep
-        if value not in self._positions:
-            todo = f"Expected one of {list(self._positions)}" if self._positions else "Call `set_timesteps` first"
-            raise ValueError(f"`timestep={value}` is not a step of this run. {todo}.")
-        return self._positions[int(value)]
+        """The numbers of this step, found by address or value, or by counting where these are not to be had."""
+        run = self._run.own()
+        index = run.place(timestep) if timestep.__class__ is Tensor else None
+        if index is None:
+            index = run.position(timestep)
+        if index >= len(run.steps) or (run.index == len(run.steps) and isinstance(timestep, Tensor)):
+            raise ValueError(f"All {len(run.steps)} steps are done. Call `set_timesteps` before the next run.")
+        run.index = index + 1
+        return run.steps[index]
 
     def _look_up(self, timestep: int | float | Tensor, sample: Tensor) -> list[Tensor]:
         """The numbers of this step by timestep, each a tensor () or (B, 1, ...) beside the sample."""
-        if self._table is None:
+        table = self._table if torch.compiler.is_compiling() else self._run.own().table
+        if table is None:
             raise ValueError("`step` was called before `set_timesteps`. Call `set_timesteps` first.")
+        if sample.dtype == torch.float64:
+            table = cast(Tensor, self._run.exact).to(sample.device)
         # One-dimensional even for a single timestep: torch.compile takes a 0-d index for a constant.
-        given = torch.as_tensor(timestep, device=self._table.device).reshape(-1)
+        given = (timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep, device="cpu")).reshape(-1)
         index = given.to(torch.int64)
         # Row 0 is no step's: what is no integer from 1 to N ends there, neither rounded nor counted from the end.
-        rows = self._table[torch.where((index == given) & (index > 0) & (index < len(self._table)), index, 0)]
+        index = torch.where((index == given) & (index > 0) & (index < len(table)), index, 0)
+        rows = table[index.to(table.device)]
         if not torch.compiler.is_compiling() and bool(rows.isnan().any()):
-            raise ValueError(f"`timestep={given.tolist()}`; expected steps of this run, {list(self._positions)}.")
+            raise ValueError(
+                f"`timestep={given.tolist()}`; expected steps of this run, {list(self._run.points[:-1])}."
+            )
         return [_beside(c, sample) for c in rows.unbind(-1)]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
@@ -361,17 +360,10 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 "strength * num_inference_steps < 1: raise one of them."
             )
         start, end = self.windows.of(index)
-        for t, (s, e) in self._spans.items():
+        for t, (s, e) in self._run.own().spans.items():
             start, end = torch.where(index == t, s, start), torch.where(index == t, e, end)
         c_x0, c_noise = (_beside(c, original_samples) for c in marginal(self.path, start, end, index))
         return (c_x0 * original_samples + c_noise * noise).to(original_samples.dtype)
-
-
-def _is_part(timestep: Tensor, run: Tensor | None) -> bool:
-    """Whether a tensor is a view of the run's timesteps, counted in the same elements, which nobody has changed."""
-    if run is None or timestep.dtype != run.dtype or not (run.is_inference() or run._version == 0):
-        return False
-    return timestep.untyped_storage().data_ptr() == run.untyped_storage().data_ptr()
 
 
 def _beside(c: Tensor, sample: Tensor) -> Tensor:
