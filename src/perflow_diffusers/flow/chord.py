@@ -107,7 +107,9 @@ def clean_estimate(
 
 def interpolate(z_start: Tensor, z_end: Tensor, start: Index, end: Index, timestep: Index) -> Tensor:
     """The chord's point z_t, like z_start (B, ...), between its ends; `start >= timestep >= end`, each () or (B,)."""
-    return torch.lerp(z_start, z_end, like(_fraction(start, end, timestep), z_start))
+    # Of integers below 2^24, float32 gives the quotient of float64 rounded once: exact enough, and had everywhere.
+    dtype = torch.float64 if z_start.dtype == torch.float64 else torch.float32
+    return torch.lerp(z_start, z_end, like(_fraction(start, end, timestep, dtype), z_start))
 
 
 def target(path: NoisePath, prediction_type: str, z_start: Tensor, z_end: Tensor, start: Index, end: Index) -> Tensor:
@@ -126,7 +128,9 @@ def marginal(path: NoisePath, start: Index, end: Index, timestep: Index) -> tupl
     The chord between the diffusion marginals of s and e with the same noise; equal to the diffusion marginal of t on
     the boundaries only. (The published scheduler noises images on the marginal of t, where no PeRFlow state is.)
     """
-    u = _fraction(start, end, timestep).to(path.alpha.device)
+    home = path.alpha.device
+    s, e, t = (torch.as_tensor(i, device=home) for i in (start, end, timestep))
+    u = _fraction(s, e, t, torch.float64)
     (alpha_s, sigma_s), (alpha_e, sigma_e) = path.at(start), path.at(end)
     return torch.lerp(alpha_s, alpha_e, u), torch.lerp(sigma_s, sigma_e, u)
 
@@ -136,7 +140,7 @@ def _time(path: NoisePath, timestep: Index) -> Tensor:
     return torch.as_tensor(timestep, device=path.alpha.device).to(torch.float64) / path.num_train_timesteps
 
 
-def _fraction(start: Index, end: Index, timestep: Index) -> Tensor:
-    """u = (t - s) / (e - s), float64."""
-    s, e, t = (torch.as_tensor(i).to(torch.float64) for i in (start, end, timestep))
-    return (t - s) / (e - s)
+def _fraction(start: Index, end: Index, timestep: Index, dtype: torch.dtype) -> Tensor:
+    """u = (t - s) / (e - s) in `dtype`."""
+    s, e, t = (torch.as_tensor(i) for i in (start, end, timestep))
+    return (t - s).to(dtype) / (e - s).to(dtype)

@@ -27,7 +27,7 @@ BASE_PREDICTIONS = {
 
 def like(coefficient: Tensor, z: Tensor) -> Tensor:
     """A float64 coefficient () or (B,) in z's dtype and device, shaped to multiply z (B, ...)."""
-    fitted = coefficient.to(device=z.device, dtype=z.dtype)
+    fitted = coefficient.to(z.dtype).to(z.device)  # in this order: not every device has float64
     return fitted.reshape(-1, *(1,) * (z.ndim - 1)) if fitted.ndim else fitted
 
 
@@ -38,7 +38,7 @@ class NoisePath:
     Fields: `alpha`, `sigma`: (N + 1,) float64, both in [0, 1], index = integer timestep. Index i >= 1 is what
     diffusers calls `alphas_cumprod[i - 1]`: the network of a base model was trained to see i - 1 there, a PeRFlow
     student sees i (so a teacher's `predict` subtracts one). Coefficients are computed in float64 on the tables' device
-    and cast last.
+    and cast last. Tables are made on the CPU, whatever the default device: not every device has float64.
     """
 
     alpha: Tensor
@@ -73,7 +73,7 @@ class NoisePath:
         that follows is float64. Raises ValueError for an unknown schedule, betas outside [0, 1] or too many of them.
         """
         if trained_betas is not None:
-            betas = torch.as_tensor(trained_betas, dtype=torch.float32)
+            betas = torch.as_tensor(trained_betas, dtype=torch.float32, device="cpu")
             if betas.shape != (num_train_timesteps,):
                 raise ValueError(
                     f"`trained_betas` has shape {tuple(betas.shape)}; expected ({num_train_timesteps},): one beta per "
@@ -96,7 +96,7 @@ class NoisePath:
 
         The clean end, index 0, is `alphas_cumprod[0]`, or exactly 1 with `set_alpha_to_one`.
         """
-        abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+        abar = torch.as_tensor(alphas_cumprod, device="cpu").to(torch.float64)
         if abar.ndim != 1 or len(abar) == 0 or not bool(((abar >= 0) & (abar <= 1)).all()):
             raise ValueError(
                 f"`alphas_cumprod` of shape {tuple(abar.shape)} is no noise schedule; expected (N,) numbers in [0, 1]."
@@ -110,7 +110,7 @@ class NoisePath:
         """The flow-matching path `z = (1 - sigma) * x0 + sigma * eps` with `sigma = timestep / N`."""
         if num_train_timesteps < 1:
             raise ValueError(f"`num_train_timesteps={num_train_timesteps}`; expected at least 1.")
-        sigma = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+        sigma = torch.arange(num_train_timesteps + 1, dtype=torch.float64, device="cpu") / num_train_timesteps
         return cls(1 - sigma, sigma)
 
     @property
@@ -168,12 +168,13 @@ def _betas(n: int, start: float, end: float, schedule: str) -> Tensor:
     if schedule == "scaled_linear" and (start < 0 or end < 0):
         raise ValueError(f"`beta_start={start}` and `beta_end={end}`; expected values in [0, 1].")
     if schedule == "linear":
-        return torch.linspace(start, end, n, dtype=torch.float32)
+        return torch.linspace(start, end, n, dtype=torch.float32, device="cpu")
     if schedule == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, n, dtype=torch.float32) ** 2
+        return torch.linspace(start**0.5, end**0.5, n, dtype=torch.float32, device="cpu") ** 2
     if schedule == "squaredcos_cap_v2":
         bars = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
-        return torch.tensor([min(1 - bars[i + 1] / bars[i], 0.999) for i in range(n)], dtype=torch.float32)
+        betas = [min(1 - bars[i + 1] / bars[i], 0.999) for i in range(n)]
+        return torch.tensor(betas, dtype=torch.float32, device="cpu")
     raise ValueError(
         f"`beta_schedule={schedule!r}`; expected one of {', '.join(BETA_SCHEDULES)}, or pass `trained_betas`."
     )

@@ -51,9 +51,9 @@ def relation(sample: Mapping[str, Any], pipe_or_unet: Any) -> str:
         weight = weights.get(name)
         if weight is None or weight.is_meta or not weight.is_floating_point() or weight.numel() < len(numbers):
             return "unknown"
-        known = torch.tensor(numbers, dtype=torch.float64)
+        known = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         scale = float(known.square().mean().sqrt()) or 1.0
-        squares += float(((torch.tensor(_values(weight)) - known) / scale).square().sum())
+        squares += float(((known.new_tensor(_values(weight)) - known) / scale).square().sum())
         total += float((known / scale).square().sum())
     if not total:
         return "unknown"
@@ -63,8 +63,11 @@ def relation(sample: Mapping[str, Any], pipe_or_unet: Any) -> str:
 
 def _values(weight: torch.Tensor) -> list[float]:
     """Numbers spread over a weight."""
-    index = torch.linspace(0, weight.numel() - 1, min(_VALUES, weight.numel()), dtype=torch.float64).long()
-    return torch.take(weight.detach(), index.to(weight.device)).double().cpu().tolist()
+    index = torch.linspace(
+        0, weight.numel() - 1, min(_VALUES, weight.numel()), dtype=torch.float64, device="cpu"
+    ).long()
+    # Not every device has float64: first home, then wide.
+    return torch.take(weight.detach(), index.to(weight.device)).cpu().double().tolist()
 
 
 def live_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:

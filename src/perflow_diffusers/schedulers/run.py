@@ -63,7 +63,7 @@ class Run:
             return None
         first = own.data_ptr()
         if not first:  # nothing has an address on the device "meta"
-            return timestep.storage_offset() if timestep.device == own.device else None
+            return int(timestep.storage_offset()) if timestep.device == own.device else None
         offset = timestep.data_ptr() - first
         return offset >> 3 if 0 <= offset < 8 * len(self.steps) else None
 

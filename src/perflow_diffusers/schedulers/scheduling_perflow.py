@@ -124,11 +124,12 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             _use_default_values=[k for k in defaulted if k not in known],
         )
         # The names under which pipelines look the noise schedule up.
-        self.alphas_cumprod = (self.path.alpha[1:] ** 2).float()
-        self.final_alpha_cumprod = (self.path.alpha[0] ** 2).float()
+        self.timesteps = torch.arange(num_train_timesteps, 0, -1)
+        device = self.timesteps.device  # the default one, as in diffusers' schedulers
+        self.alphas_cumprod = (self.path.alpha[1:] ** 2).float().to(device)
+        self.final_alpha_cumprod = (self.path.alpha[0] ** 2).float().to(device)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(num_train_timesteps, 0, -1)
         self._run = Run((), self.timesteps, {}, [], None, None)
         self._table: Tensor | None = None
         self._warned = False

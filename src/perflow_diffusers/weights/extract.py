@@ -262,7 +262,7 @@ def _root(name: str, moment: torch.Tensor | None, shape: tuple[int, ...]) -> tor
     if moment is None:
         return None
     columns, places = torch.Size(shape[1:]).numel(), torch.Size(shape[2:]).numel()
-    given = moment.detach().to("cpu", torch.float64)
+    given = moment.detach().cpu().double()
     if given.shape == (shape[1],):
         given = given.repeat_interleave(places)
     if given.shape not in ((columns,), (columns, columns)):
@@ -279,7 +279,9 @@ def _root(name: str, moment: torch.Tensor | None, shape: tuple[int, ...]) -> tor
     given = given / mean
     if given.ndim == 1:
         return (given + _FLOOR).sqrt().float()
-    root, failed = torch.linalg.cholesky_ex(given + _FLOOR * torch.eye(columns, dtype=torch.float64))
+    root, failed = torch.linalg.cholesky_ex(
+        given + _FLOOR * torch.eye(columns, dtype=torch.float64, device=given.device)
+    )
     if failed.item():
         raise DeltaError(f"The moment of {name} is not positive semidefinite, so it is no mean of x x^T.")
     return root.float()

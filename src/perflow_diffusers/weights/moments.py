@@ -47,5 +47,5 @@ def _add(
     rows = given.movedim(1, -1) if isinstance(module, torch.nn.Conv2d) else given
     rows = rows.reshape(-1, rows.shape[-1]).float()
     products = rows.T @ rows if full and isinstance(module, torch.nn.Linear) else rows.square().sum(dim=0)
-    total, count = sums.get(name, (torch.zeros(products.shape, dtype=torch.float64), 0))
-    sums[name] = (total + products.to("cpu", torch.float64), count + len(rows))
+    total, count = sums.get(name, (torch.zeros(products.shape, dtype=torch.float64, device="cpu"), 0))
+    sums[name] = (total + products.cpu().double(), count + len(rows))

@@ -234,7 +234,9 @@ def write_weight(weight: torch.Tensor, base: torch.Tensor | None, terms: Iterato
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
     """A few elements spread over a weight, on the CPU."""
-    index = torch.linspace(0, weight.numel() - 1, min(_SAMPLES, weight.numel()), dtype=torch.float64).long()
+    index = torch.linspace(
+        0, weight.numel() - 1, min(_SAMPLES, weight.numel()), dtype=torch.float64, device="cpu"
+    ).long()
     return torch.take(weight.detach(), index.to(weight.device)).cpu()
 
 

@@ -101,7 +101,7 @@ def rounding_loss(left: torch.Tensor, right: torch.Tensor, up: torch.Tensor, dow
 
 def _gram(wide: torch.Tensor, wanted: Wanted) -> LowRank:
     """Through the eigenvectors of wide @ wide.T (m, m) in float64, m <= n; a few columns are widened at a time."""
-    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64)
+    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=wide.device)
     for part in wide.split(_GRAM_COLUMNS, dim=1):
         columns = part.double()
         gram.addmm_(columns, columns.T)
@@ -127,7 +127,7 @@ def _krylov(wide: torch.Tensor, wanted: Wanted, effort: Effort, generator: torch
         return None
     total = squared_norm(wide)
     basis, images = torch.empty(limit, rows), torch.empty(limit, columns)
-    ritz = torch.zeros(limit, limit, dtype=torch.float64)
+    ritz = torch.zeros(limit, limit, dtype=torch.float64, device=wide.device)
     history: list[torch.Tensor] = []
     new = wide @ torch.randn(columns, block, generator=generator)
     used = 0
