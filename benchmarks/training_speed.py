@@ -29,8 +29,9 @@ from perflow_training.backbone import Backbone, teacher_of
 from perflow_training.config import TrainingConfig
 from perflow_training.draws import Draws
 from perflow_training.feed import EncodedFeed
+from perflow_training.log import StepLog
 from perflow_training.product import load_pipeline
-from perflow_training.trainer import Trainer, _Log
+from perflow_training.trainer import Trainer
 
 DATA = Path(__file__).resolve().parents[1] / "training" / "miniature" / "data" / "avatars-test.parquet"
 
@@ -75,7 +76,7 @@ def ours(options: TrainingConfig, seconds: float) -> dict[str, float]:
         options, teacher_of(pipe), EncodedFeed(pipe, options, draws, accelerator.device), accelerator, draws
     )
     trainer.prepare()
-    log, watch = _Log(trainer), Stopwatch()
+    log, watch = StepLog(trainer), Stopwatch()
     for _ in range(3):
         trainer._step(log)
     # A fresh start with a full buffer's credit spent, so that the measured steps pay for their own solves.

@@ -26,8 +26,9 @@ from perflow_training.backbone import Backbone, encode_empty, encode_prompts, te
 from perflow_training.config import TrainingConfig
 from perflow_training.draws import Draws
 from perflow_training.feed import EncodedFeed
+from perflow_training.log import StepLog
 from perflow_training.product import load_pipeline
-from perflow_training.trainer import Trainer, _Log
+from perflow_training.trainer import Trainer
 
 DATA = Path(__file__).resolve().parents[1] / "training" / "miniature" / "data" / "avatars-train.parquet"
 
@@ -65,7 +66,7 @@ def run(reuse: int, seconds: float, prompts: int, seed: int) -> tuple[float, flo
     def error() -> float:
         return float((sample(trainer.plain_student, trainer.windows, noise, cond) - wanted).pow(2).mean())
 
-    before, log, began = error(), _Log(trainer), time.perf_counter()
+    before, log, began = error(), StepLog(trainer), time.perf_counter()
     while time.perf_counter() - began < seconds:
         trainer._step(log)
     trainer.ema.copy_to(trainer.parameters.values())

@@ -7,13 +7,17 @@ python training/export_perflow.py runs/miniature/perflow/checkpoint-2000 --out e
 import argparse
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from perflow_training.checkpoint import CONFIG, EMA, STATE, checkpoints
-from perflow_training.config import ConfigError, config_of
-from perflow_training.product import FORMS, write_products
+from perflow_training.checkpoint import CONFIG, EMA
+from perflow_training.config import ConfigError, TrainingConfig, config_of
+from perflow_training.places import url_problem
+from perflow_training.product import FORMS, load_pipeline, write_products
+from perflow_training.run_folder import STATE, checked, checkpoints, is_checkpoint, newest_good
 
 
 def main(words: list[str] | None = None) -> None:
@@ -42,16 +46,38 @@ def export(
     base: str | None = None,
     licence: str | None = None,
 ) -> dict[str, Path]:
-    """`write_products` from a checkpoint. Raises ConfigError if there is none."""
-    if not (checkpoint / STATE).is_file():
+    """`write_products` from a checkpoint, or from a run's newest undamaged one.
+
+    Raises ConfigError if there is none, for a damaged one, and for URLs.
+    """
+    problem = url_problem({"checkpoint": checkpoint, "--out": out, "--base": base})
+    if problem:
+        raise ConfigError(problem)
+    if is_checkpoint(checkpoint):
+        checkpoint = checked(checkpoint)
+    else:
         found = checkpoints(checkpoint)
         if not found:
             raise ConfigError(f"{checkpoint} is no checkpoint and holds none. Give a folder checkpoint-N of a run.")
-        checkpoint = found[-1]
+        good = newest_good(found)
+        if good is None:
+            raise ConfigError(f"All checkpoints in {checkpoint} are damaged: {', '.join(p.name for p in found)}.")
+        checkpoint = good
     values = json.loads((checkpoint / CONFIG).read_text())
     config = config_of({**values, **({"pretrained_model_name_or_path": base} if base else {})})
     weights = load_file(checkpoint / EMA)
-    return write_products(config, weights, out or checkpoint / "export", forms, lora_rank=rank, licence=licence)
+    pipe = load_pipeline(config, encoders=False) if base else _teacher(config, checkpoint)
+    return write_products(
+        config, weights, out or checkpoint / "export", forms, lora_rank=rank, licence=licence, base=pipe
+    )
+
+
+def _teacher(config: TrainingConfig, checkpoint: Path) -> DiffusionPipeline:
+    """The one that was trained with: from the folder of then, else the same commit of the Hub."""
+    folder = json.loads((checkpoint / STATE).read_text()).get("base_folder")
+    if folder and Path(folder).parent.name == "snapshots" and not Path(config.pretrained_model_name_or_path).is_dir():
+        config = replace(config, revision=Path(folder).name)
+    return load_pipeline(config, encoders=False, folder=folder)
 
 
 if __name__ == "__main__":

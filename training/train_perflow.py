@@ -8,7 +8,10 @@ Every option of training/configs/reference.yaml can stand in the YAML file or as
 
 import argparse
 import logging
+import os
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,18 +20,22 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 
 from perflow_training.backbone import teacher_of
-from perflow_training.checkpoint import find_checkpoint, step_of
 from perflow_training.config import ConfigError, TrainingConfig, load_config, reference, trackers
 from perflow_training.data import DataError
 from perflow_training.draws import Draws
 from perflow_training.feed import CachedFeed, EncodedFeed, Feed
-from perflow_training.product import load_pipeline, write_products
+from perflow_training.log import append_log
+from perflow_training.processes import by_main, check_number, claimed
+from perflow_training.product import folder_of, load_pipeline, write_products
+from perflow_training.run_folder import already_finished, choose_start, find_checkpoint, mark_finished, step_of, tidy
+from perflow_training.stopping import Stopped, Stopping
 from perflow_training.student import DTYPES
-from perflow_training.trainer import Trainer, append_log
+from perflow_training.trainer import Trainer
 from perflow_training.validation import Validation
 from perflow_training.watch import TrainingStopped
 
-STOPPED_BY_SIGNAL = 143  # 128 + SIGTERM: what launchers take for a preempted job
+logger = logging.getLogger("perflow_training.run")
+EXPORT = Path(__file__).with_name("export_perflow.py")
 
 
 def main() -> None:
@@ -46,45 +53,108 @@ def main() -> None:
     for noisy in ("httpx", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        config = load_config(args.config, args.overrides)
-        if not run(config):
-            sys.exit(STOPPED_BY_SIGNAL)
+        run(load_config(args.config, args.overrides))
     except (ConfigError, DataError, OSError) as error:
         parser.error(str(error))
     except TrainingStopped as error:
         sys.exit(f"stopped: {error}")
+    except NotExported as error:
+        sys.exit(str(error))
+    except Stopped as stopped:
+        sys.exit(stopped.code)
 
 
-def run(config: TrainingConfig) -> bool:
-    """Everything from the options to the files; False if SIGTERM ended the run after saving a checkpoint.
+class NotExported(RuntimeError):
+    """The training is done and its product could not be written; the message says where the weights are."""
 
-    Raises ConfigError or DataError for what cannot be used, TrainingStopped for a run that cannot become good.
+
+def run(config: TrainingConfig) -> None:
+    """Everything from the options to the files.
+
+    Raises ConfigError or DataError for what cannot be used, TrainingStopped for a run that cannot become good, Stopped
+    if a signal ended it, and NotExported if only the product could not be written.
     """
-    resumed = find_checkpoint(config)  # a wrong name is refused before anything is loaded
-    accelerator = _accelerator(config)
+    find_checkpoint(config)  # a wrong name is refused before anything is loaded
+    with Stopping() as stopping:
+        try:
+            accelerator = _accelerator(config)
+            check_number(accelerator)
+            stopping.among(accelerator.num_processes, accelerator.process_index, accelerator.device)
+            with claimed(accelerator, Path(config.output_dir)):
+                _run(config, accelerator, stopping)
+        except Stopped as stopped:
+            if stopping.speaks:
+                logger.warning("%s: the run has ended. %s", stopped.signal.name, stopped.kept)
+            raise
+
+
+def _run(config: TrainingConfig, accelerator: Accelerator, stopping: Stopping) -> None:
     if not accelerator.is_main_process:
         logging.getLogger("perflow_training").setLevel(logging.WARNING)
+    out = Path(config.output_dir)
+    by_main(accelerator, lambda: tidy(out))
+    start = by_main(accelerator, lambda: choose_start(config))
+    if start.finished:
+        logger.info("%s", already_finished(out))
+        return
     draws = Draws(config.seed, accelerator.process_index, accelerator.num_processes)
     set_seed(config.seed)  # for the LoRA's first factors, which are the same on every process
-    trainer, feed = _trainer(config, accelerator, draws)
+    trainer, feed = _trainer(config, accelerator, draws, stopping)
     set_seed(config.seed, device_specific=True)  # for dropout, which is not
-    out = Path(config.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    on_log = None
-    if accelerator.is_main_process:
-        on_log = append_log(out / "log.jsonl", step_of(resumed) if resumed else 0)
     if trackers(config):
         flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.to_dict().items()}
         accelerator.init_trackers(config.tracker_project_name, config=flat)
     try:
+        trainer.start(start.folder)
+        on_log = append_log(out / "log.jsonl", trainer.step) if accelerator.is_main_process else None
         weights = trainer.train(on_log)
+    except Stopped as stopped:
+        stopped.kept = _kept(trainer)
+        raise
     finally:
         feed.close()
         accelerator.end_training()
-    if weights is not None and accelerator.is_main_process:
-        forms = ("student", "delta", "lora") if config.lora_rank else ("student", "delta")
-        print("\n".join(f"{form}: {path}" for form, path in write_products(config, weights, out, forms).items()))
-    return weights is not None
+    if accelerator.is_main_process:
+        _export(config, trainer, weights, stopping)
+
+
+def _export(config: TrainingConfig, trainer: Trainer, weights: dict, stopping: Stopping) -> None:
+    """Writes the product, after saying how it can be written again should this not come to its end."""
+    out = Path(config.output_dir)
+    forms = ("student", "delta", "lora") if config.lora_rank else ("student", "delta")
+    if trainer.saved is not None and step_of(trainer.saved) == trainer.step:
+        command = _export_command(trainer.saved, out, forms)
+        again = f"Its weights are in {trainer.saved}; write the product with: {command}"
+    else:
+        again = f"Its last weights could not be saved; the newest checkpoint is {trainer.saved or 'none'}."
+    logger.info("The training is done, and its product is written now. Should that fail: %s", again)
+    try:
+        if stopping.asked:  # too late for the processes to agree on it
+            raise Stopped(stopping.asked)
+        base = load_pipeline(config, encoders=False, folder=trainer.base)
+        paths = write_products(config, weights, out, forms, base=base)
+    except Stopped as stopped:
+        stopped.kept = f"The training is done, its product is not written. {again}"
+        raise
+    except Exception as error:
+        raise NotExported(f"The training is done, but its product could not be written ({error}). {again}") from error
+    mark_finished(out, trainer.step)
+    print("\n".join(f"{form}: {path}" for form, path in paths.items()))
+
+
+def _export_command(checkpoint: Path, out: Path, forms: Sequence[str]) -> str:
+    script = os.path.relpath(EXPORT) if EXPORT.is_relative_to(Path.cwd()) else str(EXPORT)
+    return shlex.join(["python", script, str(checkpoint), "--out", str(out), "--form", *forms])
+
+
+def _kept(trainer: Trainer) -> str:
+    """What a signal has left, for its last message."""
+    step, saved = trainer.step, trainer.saved
+    if saved is None:
+        return f"Nothing is saved: step {step}." if step else "Nothing is saved: no step had been taken."
+    lost = step - step_of(saved)
+    said = f"Saved: {saved}; the same command with resume_from_checkpoint=latest goes on from there."
+    return f"{said} The last {lost} steps are lost." if lost else said
 
 
 def _accelerator(config: TrainingConfig) -> Accelerator:
@@ -107,7 +177,9 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def _trainer(config: TrainingConfig, accelerator: Accelerator, draws: Draws) -> tuple[Trainer, Feed]:
+def _trainer(
+    config: TrainingConfig, accelerator: Accelerator, draws: Draws, stopping: Stopping
+) -> tuple[Trainer, Feed]:
     """The trainer with its material; from a cache, neither VAE nor text encoders are loaded."""
     cached = bool(config.train_cache_dir)
     if cached and config.validation_steps:
@@ -128,9 +200,10 @@ def _trainer(config: TrainingConfig, accelerator: Accelerator, draws: Draws) -> 
                 part.to(accelerator.device, dtype).eval().requires_grad_(False)
         pipe.vae.to(accelerator.device).eval().requires_grad_(False)
         feed = EncodedFeed(pipe, config, draws, accelerator.device)
-    trainer = Trainer(config, teacher, feed, accelerator, draws)
+    trainer = Trainer(config, teacher, feed, accelerator, draws, stopping=stopping)
+    trainer.base = folder_of(pipe)
     if config.validation_steps:
-        trainer.validate = Validation(pipe, config, trainer.windows, accelerator)
+        trainer.validate = Validation(pipe, config, trainer.windows, accelerator, stopping)
     return trainer, feed
 
 

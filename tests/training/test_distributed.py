@@ -1,17 +1,23 @@
 """Two processes are one process with the same global batch."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from run_log import logged
 from safetensors.torch import load_file
+from short_run import options
 
 import train_perflow
+from perflow_training.config import load_config
+from perflow_training.manifest import read_manifest
+from perflow_training.run_folder import checkpoints, choose_start, step_of
 
 TRAINING = Path(train_perflow.__file__).parent
 PARQUET = TRAINING / "miniature" / "data" / "thumbs-test.parquet"
@@ -22,10 +28,11 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def launch(words, processes, tries=3):
+def launch(words, processes, tries=3, program=(str(TRAINING / "train_perflow.py"),), folders=None):
     """The command in several processes, as `accelerate launch` starts them; returns their last words and codes.
 
-    Another program can take the port between the look and the start: then once more, with another one.
+    Another program can take the port between the look and the start: then once more, with another one. `folders`:
+    where each of them is.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -33,18 +40,19 @@ def launch(words, processes, tries=3):
     common = {
         **os.environ, "PYTHONWARNINGS": "ignore", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join([str(TRAINING), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
-    command = [sys.executable, str(TRAINING / "train_perflow.py"), *words]
+    command = [sys.executable, *program, *words]
     running = [
         subprocess.Popen(
             command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
+            stderr=subprocess.STDOUT, text=True, cwd=folders[rank] if folders else None,
         )
         for rank in range(processes)
     ]  # fmt: skip
     ended = [(process.communicate(timeout=300)[0], process.returncode) for process in running]
     if tries > 1 and any(code and "EADDRINUSE" in text for text, code in ended):
-        return launch(words, processes, tries - 1)
+        return launch(words, processes, tries - 1, program, folders)
     return ended
 
 
@@ -67,3 +75,99 @@ def test_two_processes_have_the_losses_of_one_with_their_global_batch(run, words
         torch.testing.assert_close(tensor, second[name], rtol=1e-4, atol=5e-6)
     files = {path.name for path in (two / "checkpoint-5").iterdir()}
     assert {"windows-00000.safetensors", "windows-00001.safetensors", "random_states_1.pkl"} <= files
+
+
+def test_processes_that_do_not_see_one_folder_all_say_so(tmp_path):
+    """As two machines without a common disk: here, one relative path in two places."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    hasty = (
+        "import train_perflow; from perflow_training import processes; processes.PATIENCE = 0.5; train_perflow.main()"
+    )
+    for text, code in launch(options("out"), 2, program=("-c", hasty), folders=folders):
+        assert code == 2, text[-3000:]
+        assert "Process 1 on " in text
+        assert "does not see the folder `output_dir=out` of the main process" in text
+    assert not any(list(folder.iterdir()) for folder in folders)
+
+
+ONE_FAILS = """
+import os, signal
+import train_perflow
+from perflow_training import checkpoint
+from perflow_training.trainer import Trainer
+save, step = checkpoint.save_file, Trainer._step
+def full(tensors, path, *more):
+    if path.parent.name == ".checkpoint-1.tmp" and path.name == "windows-00001.safetensors":
+        raise OSError(28, "No space left on device")
+    save(tensors, path, *more)
+def told(self, log):
+    if self.step == 2 and self.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return step(self, log)
+checkpoint.save_file, Trainer._step = full, told
+train_perflow.main()
+"""
+
+
+def test_a_disk_full_for_one_process_and_a_signal_to_one_are_dealt_with_by_all(tmp_path):
+    out = tmp_path / "out"
+    words = options(out, "checkpointing_steps=1", "max_train_steps=50", "checkpoints_total_limit=3")
+    for text, code in launch(words, 2, program=("-c", ONE_FAILS)):
+        assert code == 128 + signal.SIGUSR1, text[-3000:]
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-2", "checkpoint-3"]
+    assert choose_start(load_config(None, [*words, "resume_from_checkpoint=latest"])).folder == out / "checkpoint-3"
+    listed = read_manifest(out / "checkpoint-3")["files"]
+    assert {"windows-00000.safetensors", "windows-00001.safetensors", "random_states_1.pkl"} <= set(listed)
+
+
+SLOW = """
+import pathlib, sys, time
+import train_perflow
+from perflow_training.trainer import Trainer
+step, out = Trainer._step, pathlib.Path(sys.argv[1])
+def slow(self, log):
+    norm = step(self, log)
+    (out / f"step-{self.step}-{self.accelerator.process_index}").touch()
+    time.sleep(3)
+    return norm
+Trainer._step = slow
+del sys.argv[1]
+try:
+    train_perflow.main()
+except SystemExit as end:
+    (out / f"code-{end.code}-{__import__('os').environ['RANK']}").touch()
+    raise
+"""
+
+
+def test_the_launcher_s_sigterm_saves_between_steps_of_seconds(tmp_path):
+    """Nothing was saved within the launcher's 30 s when processes agreed at every tenth step."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    environment = {
+        **os.environ, "PYTHONWARNINGS": "ignore", "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join([str(TRAINING), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    words = [str(tmp_path / "slow.py"), str(tmp_path), *options(tmp_path / "out", "max_train_steps=1000")]
+    with (tmp_path / "said").open("w+") as said:
+        running = subprocess.Popen(
+            [sys.executable, "-m", *command, *words], env=environment, stdout=said, stderr=subprocess.STDOUT
+        )
+        try:
+            while running.poll() is None and len(list(tmp_path.glob("step-1-*"))) < 2:
+                time.sleep(0.1)
+            running.send_signal(signal.SIGTERM)
+            running.wait(timeout=60)
+        finally:
+            running.kill()
+        said.seek(0)
+        text = said.read()
+    found = checkpoints(tmp_path / "out")
+    assert len(found) == 1, text[-3000:]
+    assert step_of(found[0]) < 4
+    assert sorted(path.name for path in tmp_path.glob("code-*")) == ["code-143-0", "code-143-1"]
+    assert "kill it after 30 s" in text
+    assert f"SIGTERM: the run has ended. Saved: {found[0]}" in text

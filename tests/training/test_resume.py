@@ -13,7 +13,8 @@ from run_log import logged
 from safetensors.torch import load_file
 
 import train_perflow
-from perflow_training.checkpoint import checkpoints
+from perflow_training.manifest import entries, files_of, write_manifest
+from perflow_training.run_folder import checkpoints
 from perflow_training.trainer import Trainer
 
 TRAINING = Path(train_perflow.__file__).parent
@@ -94,18 +95,22 @@ def test_sigterm_saves_and_the_resumed_lora_is_the_same(run, tmp_path, monkeypat
 
 
 def test_an_unfinished_checkpoint_is_none(tmp_path, run):
-    out = run("max_train_steps=1")
-    (out / "checkpoint-7").mkdir()
+    out = tmp_path / "out"
+    (out / "checkpoint-7").mkdir(parents=True)
     (out / ".checkpoint-9.tmp").mkdir()
     assert checkpoints(out) == []
     run("max_train_steps=1", "resume_from_checkpoint=latest")  # a fresh start
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-1"]
+    assert not list(out.glob(".*"))
 
 
 def test_a_fresh_start_among_old_checkpoints_is_refused(run, capsys):
-    run("max_train_steps=1", "checkpointing_steps=1")
-    with pytest.raises(SystemExit):
-        run("max_train_steps=1")
-    assert "holds checkpoint-1 of an earlier run" in capsys.readouterr().err
+    out = run("max_train_steps=1", "checkpointing_steps=1")
+    for said in ("holds a finished run; nothing was done", "holds checkpoint-1 of an earlier run"):
+        with pytest.raises(SystemExit):
+            run("max_train_steps=1")
+        assert said in capsys.readouterr().err
+        (out / "finished.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +124,7 @@ def test_checkpoints_that_do_not_fit_are_refused(run, tmp_path, capsys, change, 
     out = run("max_train_steps=1", "checkpointing_steps=1")
     state = out / "checkpoint-1" / "trainer_state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), **change}))
+    write_manifest(state.parent, entries(state.parent, files_of(state.parent)), 0.0)
     with pytest.raises(SystemExit):
         run("max_train_steps=2", f"resume_from_checkpoint=checkpoint-{1 if change else 3}")
     assert message in capsys.readouterr().err

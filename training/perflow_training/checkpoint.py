@@ -7,50 +7,23 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
 from .config import ConfigError, TrainingConfig, config_of
+from .manifest import entries, files_of, write_manifest
+from .processes import FailedSomewhere, on_all
+from .run_folder import STATE, checkpoint_name, keep_newest, put_in_place, write_time
 from .student import load_trained, trained
 
-STATE, CONFIG, EMA, STUDENT = "trainer_state.json", "config.json", "ema.safetensors", "student.safetensors"
-PREFIX = "checkpoint-"
+CONFIG, EMA, STUDENT = "config.json", "ema.safetensors", "student.safetensors"
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
-    return sorted((p for p in found if (p / STATE).is_file()), key=lambda path: int(path.name[len(PREFIX) :]))
-
-
-def find_checkpoint(config: TrainingConfig) -> Path | None:
-    """The folder that `resume_from_checkpoint` means; None for a fresh start (`latest` of a run without any).
-
-    Raises ConfigError for a name that is none, and for a fresh start among the checkpoints of another run.
-    """
-    asked, there = config.resume_from_checkpoint, checkpoints(config.output_dir)
-    if not asked and there:
-        raise ConfigError(
-            f"{config.output_dir} holds {there[-1].name} of an earlier run. Go on with resume_from_checkpoint=latest, "
-            "choose another `output_dir`, or delete the old one."
-        )
-    if not asked:
-        return None
-    if asked == "latest":
-        return there[-1] if there else None
-    for path in (Path(asked), Path(config.output_dir) / asked):
-        if (path / STATE).is_file():
-            return path
-    have = ", ".join(path.name for path in there) or "none"
-    raise ConfigError(f"`resume_from_checkpoint={asked}` is no checkpoint. In {config.output_dir} there are: {have}.")
-
-
-def step_of(folder: Path) -> int:
-    """The step after which a checkpoint was made."""
-    return json.loads((folder / STATE).read_text())["step"]
+class CheckpointNotWritten(OSError):
+    """A checkpoint that could not be written, on any process; the message says where and how much space there is."""
 
 
 def use_trained_weights_only(accelerator: Accelerator) -> None:
@@ -85,32 +58,52 @@ def save_checkpoint(
     """Writes output_dir/checkpoint-`step`, atomically, and deletes those above `checkpoints_total_limit`.
 
     `state` is JSON and the same on every process, `ema` the EMA of the trained weights, `windows` this process's
-    buffer.
+    buffer. Raises CheckpointNotWritten on all processes if one of them cannot write its part; what was there before
+    stays.
     """
     out = Path(config.output_dir)
-    folder, temporary = out / f"{PREFIX}{step}", out / f".{PREFIX}{step}.tmp"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    temporary = out / f".{checkpoint_name(step)}.tmp"
+    main = accelerator.is_main_process
+
+    def begin() -> None:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def write() -> None:
+        accelerator.save_state(str(temporary))
+        save_file(windows, temporary / _windows_name(accelerator))
+        if main:
+            save_file(ema, temporary / EMA)
+            (temporary / CONFIG).write_text(json.dumps(config.to_dict(), indent=2))
+            content = {**state, "step": step, "processes": accelerator.num_processes, "manifest": True}
+            (temporary / STATE).write_text(json.dumps(content))
+
+    def hashed() -> dict[str, dict]:
+        # its share of the files, so that no process waits for one that reads them all
+        return entries(temporary, files_of(temporary)[accelerator.process_index :: accelerator.num_processes])
+
+    def finish() -> None:
+        if main:
+            write_manifest(temporary, files, write_time(out))
+            readable(temporary, temporary / STATE)
+            _sync(temporary)
+            put_in_place(temporary, out / checkpoint_name(step))
+            _sync_one(out)
+
+    try:
+        on_all(accelerator, begin)
+        on_all(accelerator, write)
+        files = dict(gather_object(list(on_all(accelerator, hashed).items())))
+        on_all(accelerator, finish)
+    except FailedSomewhere as error:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointNotWritten(_not_written(out, step, error)) from error
+    if main:
+        keep_newest(out, config.checkpoints_total_limit)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    save_file(windows, temporary / _windows_name(accelerator))
-    if accelerator.is_main_process:
-        save_file(ema, temporary / EMA)
-        (temporary / CONFIG).write_text(json.dumps(config.to_dict(), indent=2))
-        (temporary / STATE).write_text(json.dumps({**state, "step": step, "processes": accelerator.num_processes}))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _sync(temporary)
-        if folder.exists():  # of the same step: never without one of them
-            os.replace(folder, out / f".{PREFIX}{step}.old.tmp")
-        os.replace(temporary, folder)
-        shutil.rmtree(out / f".{PREFIX}{step}.old.tmp", ignore_errors=True)
-        if config.checkpoints_total_limit:
-            for old in checkpoints(out)[: -config.checkpoints_total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return folder
+    return out / checkpoint_name(step)
 
 
 def load_checkpoint(
@@ -148,6 +141,22 @@ def copy_into(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
+def readable(folder: Path, like: Path) -> None:
+    """Gives the files in `folder` the rights of `like`, an ordinary one: safetensors writes for the owner alone."""
+    wanted = like.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o666 != wanted:
+            path.chmod(wanted)
+
+
+def _not_written(out: Path, step: int, error: Exception) -> str:
+    try:
+        free = f"its disk has {shutil.disk_usage(out).free / 2**20:,.1f} MiB free"
+    except OSError:
+        free = "it cannot be looked at"
+    return f"{out / checkpoint_name(step)} could not be written ({error}); {free}."
+
+
 def _windows_name(accelerator: Accelerator) -> str:
     return f"windows-{accelerator.process_index:05d}.safetensors"
 
@@ -155,8 +164,12 @@ def _windows_name(accelerator: Accelerator) -> str:
 def _sync(folder: Path) -> None:
     """Makes the files survive a power cut before the rename says that they are there."""
     for path in [*folder.rglob("*"), folder]:
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -16,6 +16,7 @@ from perflow_diffusers.flow import METHODS, Windows
 
 from .data.options import SOURCES, DataError, DataOptions
 from .data.text import read_text
+from .places import url_problem
 
 
 class ConfigError(ValueError):
@@ -84,9 +85,9 @@ class TrainingConfig(DataOptions):
     gradient_checkpointing: bool = False
     torch_compile: bool = False  # teacher and student
     # checkpoints
-    checkpointing_steps: int = 0  # 0: only at SIGTERM
-    checkpoints_total_limit: int | None = None  # older ones are deleted
-    resume_from_checkpoint: str | None = None  # latest, or the folder of a checkpoint
+    checkpointing_steps: int = 0  # 0: only at the end, and when the run is told to stop
+    checkpoints_total_limit: int | None = None  # those that were written before are deleted
+    resume_from_checkpoint: str | None = None  # latest (the newest undamaged one), or the folder of a checkpoint
     # what is watched
     logging_steps: int = 50
     report_to: str = "none"  # none, tensorboard, wandb, or several with commas; output_dir/log.jsonl is always written
@@ -144,6 +145,7 @@ NOT_NEGATIVE = (
 POSITIVE = ("huber_c", "adam_epsilon", "max_grad_norm", "divergence_factor")
 DECAYS = ("adam_beta1", "adam_beta2", "ema_decay")
 TRACKERS = ("tensorboard", "wandb")
+PATHS = ("output_dir", "resume_from_checkpoint", "train_cache_dir", "train_data_dir", "train_captions")
 
 
 def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> TrainingConfig:
@@ -220,6 +222,12 @@ def ready(config: TrainingConfig) -> TrainingConfig:
             "No captions: none of `train_captions`, `train_data_dir`, `dataset_name`, `train_shards` and "
             "`train_cache_dir` is set. A text file with one caption a line is enough: train_captions=captions.txt."
         )
+    # not for the options of a checkpoint, which can be of a run that has moved since
+    problem = url_problem({name: getattr(config, name) for name in PATHS})
+    if problem:
+        raise ConfigError(problem)
+    if not config.output_dir:
+        raise ConfigError("`output_dir` is empty. Give the folder to write to, for example output_dir=runs/first.")
     return config
 
 

@@ -17,6 +17,7 @@ from perflow_diffusers.weights.extract import extract_lora
 from perflow_diffusers.weights.lora_layers import adapter_metadata
 from perflow_diffusers.weights.writer import specs_of, write_safetensors
 
+from .checkpoint import readable
 from .config import ConfigError, TrainingConfig
 from .student import build_student, load_trained
 
@@ -29,12 +30,17 @@ WITHOUT_ENCODERS = (
 )  # fmt: skip
 
 
-def load_pipeline(config: TrainingConfig, *, encoders: bool = True) -> DiffusionPipeline:
+def load_pipeline(
+    config: TrainingConfig, *, encoders: bool = True, folder: str | Path | None = None
+) -> DiffusionPipeline:
     """The teacher's pipeline in float32; without `encoders` only its network and schedule are read.
 
-    Raises ConfigError for a name that is no pipeline.
+    `folder` is where `folder_of` has found it when it was read before: the Hub is not asked again, where its files may
+    have changed or be out of reach. Raises ConfigError for a name that is no pipeline.
     """
     name, where = config.pretrained_model_name_or_path, {"revision": config.revision}
+    if folder is not None and (Path(folder) / "model_index.json").is_file():
+        name, where = str(folder), {}
     left_out: dict[str, Any] = {}
     try:
         components = DiffusionPipeline.load_config(name, **where)
@@ -48,6 +54,12 @@ def load_pipeline(config: TrainingConfig, *, encoders: bool = True) -> Diffusion
     elif "safety_checker" in components:
         left_out = {"safety_checker": None, "requires_safety_checker": False}
     return DiffusionPipeline.from_pretrained(name, dtype=torch.float32, variant=config.variant, **where, **left_out)
+
+
+def folder_of(pipe: DiffusionPipeline) -> Path | None:
+    """The folder that a pipeline was read from, in the Hub's cache or elsewhere; None if that is not known."""
+    folder = Path(str(pipe.unet.config.get("_name_or_path", ""))).absolute().parent
+    return folder if (folder / "model_index.json").is_file() else None
 
 
 def write_products(
@@ -81,6 +93,7 @@ def write_products(
     paths: dict[str, Path] = {}
     if "student" in forms:
         student.eval().save_pretrained(out / "unet")
+        readable(out / "unet", out / "unet" / "config.json")
         paths["student"] = out / "unet"
     if set(forms) & {"delta", "lora", "artifact"}:
         delta = _write_delta(config, base, student, out / DELTA)

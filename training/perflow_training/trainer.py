@@ -1,9 +1,6 @@
 """The distillation loop: knows backbones, windows and batches, and no model family."""
 
-import json
 import logging
-import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,18 +17,18 @@ from tqdm import tqdm
 from .backbone import Backbone
 from .buffer import SolvedWindows, WindowBuffer
 from .checkpoint import (
+    CheckpointNotWritten,
     copy_into,
-    find_checkpoint,
     full_tensors,
     load_checkpoint,
     save_checkpoint,
     use_trained_weights_only,
-    whole,
 )
 from .conditions import Conditions
 from .config import TrainingConfig
 from .draws import Draws
 from .feed import Feed
+from .log import StepLog
 from .objective import (
     Guidance,
     draw_timesteps,
@@ -43,19 +40,22 @@ from .objective import (
     student_loss,
     windows_of,
 )
+from .processes import by_main
+from .run_folder import begin_branch
+from .stopping import Stopped, Stopping
 from .student import DTYPES, build_student, make_optimizer, trained
 from .watch import Watch, answers_zero, check_start, expectation
 
 logger = logging.getLogger(__name__)
 Student = Callable[[Tensor, Tensor, Conditions], Tensor]
 Validate = Callable[[int, Backbone], dict[str, float]]
-AGREE_EVERY = 10  # steps between asking all processes whether one of them was told to end
 
 
 class Trainer:
     """Distils `teacher` into a student that starts as its copy, on material from `feed`.
 
     `validate(step, student)` is called every `validation_steps` with the EMA weights in place; its result is logged.
+    It may raise Stopped. `stopping` says when the run is to end.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Trainer:
         accelerator: Accelerator,
         draws: Draws,
         validate: Validate | None = None,
+        stopping: Stopping | None = None,
     ):
         self.config, self.feed, self.accelerator, self.draws, self.validate = (
             config,
@@ -112,7 +113,9 @@ class Trainer:
         self.step = 0
         self.weights = torch.ones(self.windows.num_windows)
         self.watch = Watch(config, [0.0] * self.windows.num_windows)
-        self.stop_asked = False
+        self.stopping = stopping or Stopping()
+        self.base: Path | None = None  # the folder that the teacher was read from, for the export
+        self.saved: Path | None = None  # the checkpoint of this run that was written last
 
     def solve(self, number: int) -> SolvedWindows:
         """Windows of solve `number`: trajectories, or noised data in the share `data_starts` of the solves."""
@@ -198,25 +201,28 @@ class Trainer:
         weights = self.weights[index] * sample_weights(config, self.windows, batch.start, timestep, total)
         return student_loss(student, self.teacher.path, batch, timestep, config, weights), index
 
-    def train(self, on_log: Callable[[int, dict], None] | None = None) -> dict[str, Tensor] | None:
-        """Runs up to `max_train_steps` and returns the EMA of the trained weights, whole and on the CPU.
-
-        None if SIGTERM ended the run: a checkpoint was saved then. Raises TrainingStopped with a diagnosis.
-        """
-        config, accelerator = self.config, self.accelerator
-        resumed = find_checkpoint(config)
+    def start(self, resumed: Path | None) -> None:
+        """Before the first step: goes on from the checkpoint `resumed`, or measures what the run is compared with."""
         if resumed is None:
             self.prepare()
         else:
             self.resume(resumed)
-        handler = self._listen()
+            if self.step < self.config.max_train_steps:
+                by_main(self.accelerator, lambda: begin_branch(self.config.output_dir, self.step))
+
+    def train(self, on_log: Callable[[int, dict], None] | None = None) -> dict[str, Tensor]:
+        """Runs up to `max_train_steps`, saves, and returns the EMA of the trained weights, whole and on the CPU.
+
+        Raises Stopped if a signal ended the run, after saving; TrainingStopped with a diagnosis.
+        """
+        config = self.config
         progress = tqdm(
             total=config.max_train_steps, initial=self.step, desc="perflow", mininterval=2,
-            disable=not accelerator.is_main_process,
+            disable=not self.accelerator.is_main_process,
         )  # fmt: skip
-        log = _Log(self)
-        try:
-            while self.step < config.max_train_steps:
+        log, told = StepLog(self), 0
+        with self.stopping.after_the_step(), progress:
+            while self.step < config.max_train_steps and not told:
                 norm = self._step(log)
                 progress.update()
                 log.steps += 1
@@ -226,22 +232,19 @@ class Trainer:
                     progress.set_postfix(loss=" ".join("-" if x is None else f"{x:.4f}" for x in values["loss"]))
                     self.watch.look(self.step, log.weighted(values["loss"]), values["grad_norm"])
                     self._tell(values, on_log)
+                told = self.stopping.agreed()
                 if config.validation_steps and self.step % config.validation_steps == 0 and self.validate is not None:
-                    self._validated(on_log)
-                if self._told_to_stop() and not last:
-                    log.check(norm)
-                    logger.warning("SIGTERM: saved %s; resume_from_checkpoint=latest goes on.", self.save())
-                    return None
-                if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
+                    told = told or self._validated(on_log) or self.stopping.agreed()
+                due = config.checkpointing_steps and self.step % config.checkpointing_steps == 0
+                if due or last or told:
                     log.check(norm)
                     self.save()
-        finally:
-            progress.close()
-            if handler is not None:
-                signal.signal(signal.SIGTERM, handler)
+                    told = told or self.stopping.agreed()
+        if told:
+            raise Stopped(told)
         return self.ema_weights()
 
-    def _step(self, log: "_Log") -> Tensor | float | None:
+    def _step(self, log: StepLog) -> Tensor | float | None:
         """One optimiser step; returns the gradient norm."""
         config, accelerator, norm = self.config, self.accelerator, None
         for part in range(config.gradient_accumulation_steps):
@@ -271,24 +274,28 @@ class Trainer:
                 flat[name] = value
         self.accelerator.log(flat, step=self.step)
 
-    def _validated(self, on_log: Callable[[int, dict], None] | None) -> None:
+    def _validated(self, on_log: Callable[[int, dict], None] | None) -> int:
+        """Draws and logs; returns the signal that ended it before, 0 for none."""
         parameters = list(self.parameters.values())
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
         self.network.eval()
         try:
             values = self.validate(self.step, self.plain_student)
+        except Stopped as stopped:
+            return stopped.signal
         finally:
             self.network.train()
             self.ema.restore(parameters)
         self._tell(values, on_log)
+        return 0
 
     def ema_weights(self) -> dict[str, Tensor]:
         """The EMA of the trained parameters by name, whole, on the CPU."""
         return full_tensors(list(self.parameters), self.ema.shadow_params)
 
-    def save(self) -> Path:
-        """A checkpoint of this step."""
+    def save(self) -> Path | None:
+        """A checkpoint of this step; None, with a warning, if it cannot be written: training goes on without."""
         tensors, counts = self.buffer.state()
         state = {
             "buffer": counts,
@@ -298,9 +305,17 @@ class Trainer:
             "untrained": self.watch.untrained,
             "above_since": self.watch.above_since,
             "solve_seconds": self.solve_seconds,
+            "base_folder": None if self.base is None else str(self.base),
         }
         windows = {name: tensor.cpu() for name, tensor in tensors.items()}
-        return save_checkpoint(self.accelerator, self.config, self.step, state, self.ema_weights(), windows)
+        try:
+            self.saved = save_checkpoint(self.accelerator, self.config, self.step, state, self.ema_weights(), windows)
+        except CheckpointNotWritten as error:
+            last = f"The last one is {self.saved}." if self.saved else "There is none of this run yet."
+            if self.accelerator.is_main_process:
+                logger.warning("WARNING: %s %s Free some space; training goes on.", error, last)
+            return None
+        return self.saved
 
     def resume(self, folder: Path) -> None:
         """Goes on from a checkpoint."""
@@ -313,79 +328,11 @@ class Trainer:
         self.step, self.solve_seconds = state["step"], state["solve_seconds"]
         self.weights = torch.tensor(state["weights"])
         self.watch.untrained, self.watch.above_since = state["untrained"], state["above_since"]
+        self.saved = folder
         logger.info("resumed from %s at step %d", folder, self.step)
         serious = [c for c in changed if not c.startswith(("resume_from", "output_dir", "report_to", "logging"))]
         if serious:
             logger.warning("options that differ from the checkpoint's: %s", "; ".join(serious))
-
-    def _listen(self):
-        """SIGTERM asks for a stop after the running step; returns the handler that was there."""
-        try:
-            return signal.signal(signal.SIGTERM, self._on_sigterm)
-        except ValueError:  # not in the main thread: nothing to listen to
-            return None
-
-    def _on_sigterm(self, *_) -> None:
-        self.stop_asked = True
-
-    def _told_to_stop(self) -> bool:
-        if self.accelerator.num_processes == 1:
-            return self.stop_asked
-        if self.step % AGREE_EVERY:
-            return False
-        flag = torch.tensor(float(self.stop_asked), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
-
-
-class _Log:
-    """Losses since the last look, kept on the device: nothing waits for a number in between."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.count = trainer, trainer.windows.num_windows
-        self.steps, self.began, self.solved_before = 0, time.perf_counter(), trainer.solve_seconds
-        self.sums = torch.zeros(2, self.count, device=trainer.accelerator.device)
-
-    def add(self, index: Tensor, losses: Tensor) -> None:
-        place = index.to(losses.device)
-        self.sums[0].index_add_(0, place, losses.float())
-        self.sums[1].index_add_(0, place, torch.ones_like(losses, dtype=torch.float32))
-
-    def _losses(self) -> tuple[list[float | None], float]:
-        """(mean loss of each window, None without samples; number of samples); all processes must call this.
-
-        The windows' weights are taken out, so that the numbers are those of the untrained student that were printed.
-        """
-        loss, count = self.trainer.accelerator.reduce(self.sums, "sum").cpu()
-        mean = (loss / self.trainer.weights / count.clamp(min=1)).tolist()
-        return [value if n else None for value, n in zip(mean, count.tolist(), strict=True)], float(count.sum())
-
-    def weighted(self, losses: list[float | None]) -> list[float | None]:
-        """The losses as they are trained on."""
-        weights = self.trainer.weights.tolist()
-        return [None if x is None else x * weight for x, weight in zip(losses, weights, strict=True)]
-
-    def check(self, norm: Tensor | float | None) -> None:
-        """Raises TrainingStopped rather than let a checkpoint of broken weights replace a good one."""
-        self.trainer.watch.finite(self.trainer.step, self._losses()[0], None if norm is None else float(whole(norm)))
-
-    def take(self, norm: Tensor | float | None) -> dict:
-        """The values of one log line; starts anew. The loss of a window without samples is None."""
-        trainer = self.trainer
-        losses, count = self._losses()
-        seconds = time.perf_counter() - self.began
-        values = {
-            "loss": losses,
-            "grad_norm": None if norm is None else float(whole(norm)),
-            "learning_rate": trainer.schedule.get_last_lr()[0],
-            "solve_seconds": trainer.solve_seconds,
-            "solve_share": (trainer.solve_seconds - self.solved_before) / seconds,
-            "solved": trainer.buffer.solved,
-            "samples_per_second": count / seconds,
-            **trainer.feed.describe(),
-        }
-        self.sums.zero_()
-        self.steps, self.began, self.solved_before = 0, time.perf_counter(), trainer.solve_seconds
-        return values
 
 
 def _cast(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -399,26 +346,3 @@ def _per_window(count: int, index: Tensor, *rows: Tensor) -> Tensor:
     for total, row in zip(sums, rows, strict=True):
         total.index_add_(0, index, row.float())
     return sums
-
-
-def append_log(path: Path, resumed_at: int) -> Callable[[int, dict], None]:
-    """Writes one JSON line a call; lines of steps that a resumed run repeats are taken out first."""
-    if resumed_at and path.is_file():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_at]
-        path.write_text("".join(f"{line}\n" for line in kept))
-    else:
-        path.write_text("")
-
-    def on_log(step: int, values: dict) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-    return on_log
-
-
-def _step_of(line: str) -> float:
-    """The step of a log line; infinity for the half line that a kill leaves at the end."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf

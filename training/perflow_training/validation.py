@@ -1,5 +1,6 @@
 """How a student looks while it learns: pictures beside the teacher's, and how straight its windows are."""
 
+import logging
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,7 +17,9 @@ from perflow_diffusers.flow import Windows, euler
 
 from .backbone import Backbone, decode_latents, encode_prompts
 from .config import TrainingConfig
+from .stopping import Stopped, Stopping
 
+logger = logging.getLogger(__name__)
 MARGIN = 16  # pixels above the columns, for their names
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -50,10 +53,18 @@ class Validation:
 
     The teacher has the pair's guidance, or that of the solve, which a student of a guided solve has learned.
     A call writes output_dir/validation/step-NNNNNN.png, one row a prompt, hands it to the trackers, and returns the
-    straightness score of each window.
+    straightness score of each window. It raises Stopped within a sampling step if `stopping` is told to end.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, config: TrainingConfig, windows: Windows, accelerator):
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        config: TrainingConfig,
+        windows: Windows,
+        accelerator,
+        stopping: Stopping | None = None,
+    ):
+        self.stopping = stopping or Stopping()
         self.pipe, self.config, self.windows, self.accelerator = pipe, config, windows, accelerator
         pipe.set_progress_bar_config(disable=True)
         shape = (pipe.unet.config.in_channels, *_latent_size(pipe, config))
@@ -82,8 +93,11 @@ class Validation:
         if self.accelerator.is_main_process:
             grid = picture_grid(columns)
             folder = Path(config.output_dir) / "validation"
-            folder.mkdir(parents=True, exist_ok=True)
-            grid.save(folder / f"step-{step:06d}.png")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                grid.save(folder / f"step-{step:06d}.png")
+            except OSError as error:  # a full disk is no reason to end a run
+                logger.warning("The validation picture of step %d could not be written (%s).", step, error)
             self._track(grid, step)
         return {"straightness": self._straightness(student)}
 
@@ -103,10 +117,18 @@ class Validation:
             size = {"height": noise.shape[1] * pipe.vae_scale_factor, "width": noise.shape[2] * pipe.vae_scale_factor}
             latents = noise[None].to(pipe.unet.device, pipe.unet.dtype)
             call = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent", **size}
+            call["callback_on_step_end"] = self._go_on
             out = pipe(prompt, latents=latents, **call)
             # the VAE stays in float32, whatever the networks compute in
             pictures += pipe.image_processor.postprocess(decode_latents(pipe, out.images), output_type="pil")
         return pictures
+
+    def _go_on(self, pipe: DiffusionPipeline, step: int, timestep: int, tensors: dict) -> dict:
+        """What diffusers calls after each sampling step."""
+        told = self.stopping.agreed()
+        if told:
+            raise Stopped(told)
+        return tensors
 
     def _straightness(self, student: Backbone) -> list[float]:
         device = self.accelerator.device
