@@ -16,13 +16,11 @@ from perflow_diffusers.weights import (
 )
 
 KIN = {
-    "conv_in.dora_scale": "DoRA",
-    "unet.conv_in.lora_magnitude_vector.weight": "DoRA",
-    "lora_unet_conv_in.hada_w1_a": "LoHa",
-    "lora_unet_conv_in.lokr_w1": "LoKr",
     "lora_unet_conv_in.oft_blocks": "OFT",
-    "lora_unet_conv_in.diff_b": "full-difference",
-    "unet.conv_in.lora_B.bias": "LoRA bias",
+    "conv_in.oft_R.default.weight": "OFT",
+    "lora_unet_conv_in.a1.weight": "GLoRA",
+    "lora_unet_conv_in.on_input": "IA3",
+    "diffusion_model.input_blocks.0.0.set_weight": "whole-weight",
 }
 
 
@@ -31,7 +29,7 @@ def test_kin_of_lora_are_refused_with_a_way_out(unet, bits, same, factors, tmp_p
     before = bits(unet)
     tensors = {**load_file(write_diffusers(tmp_path / "l.safetensors", factors)), name: torch.ones(1)}
     for given in (tensors, {name: torch.ones(1), "lora_unet_conv_in.alpha": torch.ones(())}):
-        with pytest.raises(WeightSourceError, match=f"1 {KIN[name]} tensors.*load_lora_weights.*compute_delta"):
+        with pytest.raises(WeightSourceError, match=f"1 {KIN[name]} tensors.*compute_delta"):
             merge_delta(unet, given)
     assert same(bits(unet), before)
 

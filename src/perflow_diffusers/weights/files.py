@@ -98,7 +98,7 @@ def _merged(
         edit = plan.edit_of.get(name)
         if edit is not None:
             merged = torch.empty_like(weight)
-            write_weight(merged, weight, [(scale, plan.source[edit.key], edit.channels)])
+            write_weight(merged, weight, [(scale, plan.source.near(edit.key, weight.device, weight), edit.channels)])
             weight = merged
         yield name, weight
         if progress is not None:

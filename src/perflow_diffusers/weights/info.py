@@ -10,7 +10,9 @@ import torch
 
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import WeightSourceError
-from perflow_diffusers.weights.lora_layers import lora_layers
+from perflow_diffusers.weights.lora_kin import kin_shape, split_kin
+from perflow_diffusers.weights.lora_layers import lora_layers, named_tensors
+from perflow_diffusers.weights.lora_names import KIN_ROLES
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
 
 #: header keys that say how a delta is to be used
@@ -101,15 +103,20 @@ def describe_weights(source: Any, **where: Any) -> WeightsInfo:
 
 
 def _lora(weights: WeightSource) -> tuple[str, dict[int, int], str]:
-    """Layout, layers by rank, and the family that the text width of a factor tells."""
+    """Layout or kinds, low-rank layers by rank, and the family that the text width of a change tells."""
     try:
-        layers = lora_layers(weights)
+        kin = split_kin(weights, {})
+        layers = lora_layers(kin.rest) if kin.rest else ()
     except WeightSourceError:
         return "an unsupported kind of LoRA", {}, "an unknown model"
-    layout = "kohya" if any(layer.prefix for layer in layers) else "diffusers"
-    downs = {f"{layer.module}.weight": weights.shapes[layer.down] for layer in layers if layer.component == "unet"}
+    shapes = {f"{layer.module}.weight": weights.shapes[layer.down] for layer in layers if layer.component == "unet"}
+    shapes |= {f"{layer.module}.weight": kin_shape(weights, layer, None) for layer in kin.layers}
     ranks = Counter(layer.rank for layer in layers)
-    return f"{layout} LoRA", dict(sorted(ranks.items())), keys.family(downs)
+    roles = {name.role for name in named_tensors(weights).values()}
+    kinds = sorted({KIN_ROLES[role] for role in roles if role in KIN_ROLES})
+    layout = "kohya" if any(layer.prefix for layer in layers) else "diffusers"
+    form = f"{', '.join(kinds)} layers" if kinds else f"{layout} LoRA"
+    return form, dict(sorted(ranks.items())), keys.family(shapes)
 
 
 def _value(text: str) -> Any:

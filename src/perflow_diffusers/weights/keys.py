@@ -9,9 +9,19 @@ ORIGINAL_PREFIX = "model.diffusion_model."
 _ADAPTER = re.compile(r"(^|\.)(lora_|lokr_|loha_|hada_|oft_|vera_|modules_to_save\.)|\.alpha$|\.dora_scale$")
 _LORA = re.compile(
     r"(^|[._])lora_(A|B|up|down|mid|unet|te\d?)[._]|\.lora(_linear_layer)?\.(up|down)\.|_lora\.(up|down)\."
-    r"|\.dora_scale$|\.(hada|lokr|oft)_\w+(\.weight)?$"
+    r"|\.dora_scale$|\.(hada|lokr|oft)_\w+(\.[^.]+)?(\.weight)?$|\.(diff|diff_b|w_norm|b_norm|set_weight)$"
 )
-_LORA_WORDS = ("lora", "dora_", "hada_", "lokr_", "oft_")  # no name without one of them can match: a fast first look
+_LORA_WORDS = (
+    "lora",
+    "dora_",
+    "hada_",
+    "lokr_",
+    "oft_",
+    ".diff",
+    "w_norm",
+    "b_norm",
+    "set_weight",
+)  # no name without one of them can match: a fast first look
 _EXTENSION = re.compile(
     r"\.processor\.|(^|\.)encoder_hid_proj\.|(^|\.)(motion_modules|motion_module)\.|(^|\.)position_net\.|\.fuser\."
     r"|(^|\.)class_embedding\.|(^|\.)time_embedding\.cond_proj\.|_joint\w*\.|\.to_q?kv\.|(^|\.)image_proj|(^|\.)ref_unet\."

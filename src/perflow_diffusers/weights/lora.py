@@ -11,6 +11,17 @@ import torch
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.adapter_config import adapter_configs
 from perflow_diffusers.weights.errors import WeightSourceError
+from perflow_diffusers.weights.lora_kin import (
+    KinLayer,
+    bias_layers,
+    dora_change,
+    kin_bound,
+    kin_change,
+    kin_shape,
+    magnitude_axis,
+    magnitude_bound,
+    split_kin,
+)
 from perflow_diffusers.weights.lora_layers import (
     ADAPTER_METADATA,
     LoraLayer,
@@ -35,13 +46,15 @@ class Rebuilt(WeightSource):
     """A delta in fp32 whose tensors are computed, on the device where they are used, from a more compact form.
 
     `covers_all` says whether it covers all weights of a model, or only some as a LoRA does; `made_of` are the
-    arguments of `as_delta` that it came from.
+    arguments of `as_delta` that it came from; `on_base` names tensors that depend on the weight to which they are
+    added (DoRA's), which `near` must be told.
     """
 
-    build: Callable[[str, torch.device], torch.Tensor]
+    build: Callable[[str, torch.device, torch.Tensor | None], torch.Tensor]
     bounds: Callable[[str], tuple[float, float]]
     covers_all: bool
     made_of: tuple[WeightSource, dict[str, tuple[int, ...]]] = field(repr=False)
+    on_base: frozenset[str] = frozenset()
 
     def __reduce__(self) -> tuple:
         return _made_again, self.made_of
@@ -57,34 +70,42 @@ class Rebuilt(WeightSource):
         return not self.covers_all
 
     def extremes(self, name: str) -> tuple[float, float]:
-        """Bounds of a tensor's numbers, from its compact form; exact if they are large or not finite."""
+        """Bounds of a tensor's numbers, from its compact form; exact if they are large or not finite.
+
+        Of what depends on the base, bounds at any size: no number of W' or of the factors' change is larger.
+        """
         low, high = self.bounds(name)
-        return (low, high) if max(-low, high) < _SAFE else super().extremes(name)
+        return (low, high) if max(-low, high) < _SAFE or name in self.on_base else super().extremes(name)
 
-    def near(self, name: str, device: torch.device) -> torch.Tensor:
+    def near(self, name: str, device: torch.device, base: torch.Tensor | None = None) -> torch.Tensor:
         """A tensor, computed on `device`."""
-        return self.build(name, device)
+        return self.build(name, device, base)
 
 
-def as_delta(source: WeightSource, shapes: Mapping[str, tuple[int, ...]] | None = None) -> WeightSource:
+def as_delta(
+    source: WeightSource, shapes: Mapping[str, tuple[int, ...]] | None = None, *, on_base: bool = False
+) -> WeightSource:
     """A LoRA or an int8 delta as a lazy delta in fp32 under canonical names; a plain delta as it is.
 
-    A LoRA (all layouts) becomes up @ down * alpha / rank for linear layers and convolutions; only the part for the
-    UNet, with one warning if there are text encoder layers. If its header names a residual (`perflow_residual`), that
-    file is opened beside it and added. An int8 delta becomes q * scale, per output channel. Tensors are computed one
-    at a time, when they are read.
+    A LoRA (all layouts) becomes up @ down * alpha / rank for linear layers and convolutions, its kin (LoHa, LoKr,
+    whole differences, biases) what `lora_kin` says; only the part for the UNet, with one warning if there are text
+    encoder layers. If its header names a residual (`perflow_residual`), that file is opened beside it and added. An
+    int8 delta becomes q * scale, per output channel. Tensors are computed one at a time, when they are read.
+
+    A DoRA changes every base in another way: it is taken only if the caller says `on_base`, and then tells `near` the
+    weight of the base. The delta is W' - W: a scale takes its share of the whole change.
 
     `shapes` are those of the model's weights, if one is at hand: kohya's names are then looked up among its modules
     first, and a factor pair without the trailing 1 x 1 of a convolution is given it.
 
-    Raises `WeightSourceError` for a LoRA that is damaged, of a kind that is no low-rank product, or whose residual is
-    missing.
+    Raises `WeightSourceError` for a LoRA that is damaged, of a kind that cannot be computed, or whose residual is
+    missing, and for a DoRA without `on_base`.
     """
     if isinstance(source, Rebuilt):
         return source
     check_detached(source)
     if source.kind == "lora":
-        return _lora_as_delta(source, shapes or {})
+        return _lora_as_delta(source, shapes or {}, on_base=on_base)
     adapter_configs(source, KOHYA_PREFIXES)  # PEFT's other kinds, whose tensors have no names of LoRA's
     packed = [
         name for name, dtype in source.dtypes.items() if dtype == torch.int8 and f"{name}.scale" in source.shapes
@@ -111,45 +132,77 @@ def open_residual(source: WeightSource) -> WeightSource:
     return open_weights(path)
 
 
-def _lora_as_delta(source: WeightSource, model: Mapping[str, tuple[int, ...]]) -> Rebuilt:
-    every = lora_layers(source, model)
-    layers = {f"{layer.module}.weight": layer for layer in every if layer.component == "unet"}
+def _lora_as_delta(source: WeightSource, model: Mapping[str, tuple[int, ...]], *, on_base: bool) -> Rebuilt:
+    kin = split_kin(source, model)
+    pairs = lora_layers(kin.rest, model) if kin.rest else ()
+    every: tuple[LoraLayer | KinLayer, ...] = (*pairs, *kin.layers, *bias_layers(kin, pairs))
+    layers = {_weight_name(layer): layer for layer in every if layer.component == "unet"}
+    text = [layer for layer in every if layer.component != "unet"]
+    if any(isinstance(layer, KinLayer) for layer in text):
+        way_out = "Use the tool that made the file if you need them: diffusers loads low-rank pairs only."
+    else:
+        way_out = "Use `pipe.load_lora_weights(...)` instead if you need them."
     if not layers:
-        raise WeightSourceError(
-            f"{source.name} has no layer for a UNet ({len(every)} for text encoders). Use it with "
-            "`pipe.load_lora_weights(...)`."
-        )
+        raise WeightSourceError(f"{source.name} has no layer for a UNet ({len(text)} for text encoders). {way_out}")
     warn_of_bundled(source, stacklevel=6)
-    if len(layers) < len(every):
+    if text:
         warnings.warn(
-            f"{len(every) - len(layers)} layers of {source.name} are for text encoders and are left out: only the "
-            "UNet is changed here. Use `pipe.load_lora_weights(...)` instead if you need them.",
+            f"{len(text)} layers of {source.name} are for text encoders and are left out: only the UNet is changed "
+            f"here. {way_out}",
             UserWarning,
             stacklevel=6,
         )
+    magnitudes = {f"{module}.weight": key for (part, module), key in kin.magnitudes.items() if part == "unet"}
+    if magnitudes and not on_base:
+        raise WeightSourceError(
+            f"{source.name} is a DoRA ({len(magnitudes)} magnitudes): what it changes depends on the weights of the "
+            "base. Merge it into its base with `merge_files(base, dora, out)`, and use `compute_delta(base, out)`."
+        )
     residual = as_delta(open_residual(source))
     rest, collisions = keys.canonical_map(residual)
-    shapes = {name: _product_shape(source, layer, model.get(name)) for name, layer in layers.items()}
+    shapes = {name: _shape(source, layer, model.get(name)) for name, layer in layers.items()}
+    for name, key in magnitudes.items():
+        magnitude_axis(source, key, shapes[name])
     wrong = [name for name, key in rest.items() if residual.shapes[key] != shapes.get(name, residual.shapes[key])]
     if collisions or wrong:
         shown = keys.grouped(wrong) or f"{collisions[0][0]} and {collisions[0][1]} are one weight"
         raise WeightSourceError(f"{residual.name} does not fit {source.name}: {shown}. They are not of one delta.")
     shapes |= {name: residual.shapes[key] for name, key in rest.items()}
 
-    def build(name: str, device: torch.device) -> torch.Tensor:
+    def build(name: str, device: torch.device, base: torch.Tensor | None) -> torch.Tensor:
         parts = []
         if name in layers:
-            parts.append(_product(source, layers[name], device).reshape(shapes[name]))
+            change = _product(source, layers[name], device).reshape(shapes[name])
+            if name in magnitudes:
+                if base is None:
+                    raise WeightSourceError(f"{name} of {source.name} is a DoRA's: it needs the weight of the base.")
+                base = base[:, : shapes[name][1]]  # of a wider conv_in, the channels of the noisy latent
+                change = dora_change(source, magnitudes[name], base, change)
+            parts.append(change)
         if name in rest:
             parts.append(residual.near(rest[name], device).detach().to(device, torch.float32))
         return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
 
     def bounds(name: str) -> tuple[float, float]:
-        bound = _bound(source, layers[name]) if name in layers else 0.0
+        bound = _change_bound(source, layers[name]) if name in layers else 0.0
+        if name in magnitudes:
+            bound += magnitude_bound(source, magnitudes[name])
         low, high = residual.extremes(rest[name]) if name in rest else (0.0, 0.0)
         return low - bound, high + bound
 
-    return _rebuilt(source, shapes, dict.fromkeys(shapes, torch.float32), build, bounds, covers_all=False, model=model)
+    dtypes = dict.fromkeys(shapes, torch.float32)
+    on = frozenset(magnitudes)
+    return _rebuilt(source, shapes, dtypes, build, bounds, covers_all=False, model=model, on_base=on)
+
+
+def _weight_name(layer: LoraLayer | KinLayer) -> str:
+    return f"{layer.module}.{layer.parameter if isinstance(layer, KinLayer) else 'weight'}"
+
+
+def _shape(source: WeightSource, layer: LoraLayer | KinLayer, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    if isinstance(layer, KinLayer):
+        return kin_shape(source, layer, wanted)
+    return _product_shape(source, layer, wanted)
 
 
 def _product_shape(source: WeightSource, layer: LoraLayer, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -161,8 +214,10 @@ def _product_shape(source: WeightSource, layer: LoraLayer, wanted: tuple[int, ..
     return wanted if same and wanted is not None else shape
 
 
-def _product(source: WeightSource, layer: LoraLayer, device: torch.device) -> torch.Tensor:
-    """up @ down * alpha / rank in fp32, (out, everything else); whatever autocast says."""
+def _product(source: WeightSource, layer: LoraLayer | KinLayer, device: torch.device) -> torch.Tensor:
+    """up @ down * alpha / rank in fp32, (out, everything else), or what the kin of a LoRA make; no autocast."""
+    if isinstance(layer, KinLayer):
+        return kin_change(source, layer, device)
     up, down = (source[key].detach().to(device, torch.float32).flatten(1) for key in (layer.up, layer.down))
     with torch.autocast(device.type, enabled=False):
         if layer.mid is None:
@@ -171,8 +226,10 @@ def _product(source: WeightSource, layer: LoraLayer, device: torch.device) -> to
         return torch.einsum("op,pqkl,qi->oikl", up, mid, down).mul_(layer.scale).flatten(1)
 
 
-def _bound(source: WeightSource, layer: LoraLayer) -> float:
+def _change_bound(source: WeightSource, layer: LoraLayer | KinLayer) -> float:
     """What no number of a product exceeds (Cauchy-Schwarz over the inner axis); NaN or Inf if a factor has any."""
+    if isinstance(layer, KinLayer):
+        return kin_bound(source, layer)
     up, down = (source[key].detach().float().flatten(1) for key in (layer.up, layer.down))
     middle = source[layer.mid].detach().float().norm().item() if layer.mid is not None else 1.0
     return up.norm(dim=1).max().item() * middle * down.norm(dim=0).max().item() * abs(layer.scale)
@@ -196,7 +253,7 @@ def _packed_as_delta(source: WeightSource, packed: list[str]) -> Rebuilt:
     shapes = {name: shape for name, shape in source.shapes.items() if name not in scales}
     dtypes = {name: torch.float32 if name in held else source.dtypes[name] for name in shapes}
 
-    def build(name: str, device: torch.device) -> torch.Tensor:
+    def build(name: str, device: torch.device, base: torch.Tensor | None) -> torch.Tensor:
         if name not in held:
             return source.near(name, device)
         scale = source[f"{name}.scale"].detach().to(device, torch.float32)
@@ -217,23 +274,25 @@ def _rebuilt(
     source: WeightSource,
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, torch.dtype],
-    build: Callable[[str, torch.device], torch.Tensor],
+    build: Callable[[str, torch.device, torch.Tensor | None], torch.Tensor],
     bounds: Callable[[str], tuple[float, float]],
     *,
     covers_all: bool,
     model: Mapping[str, tuple[int, ...]],
+    on_base: frozenset[str] = frozenset(),
 ) -> Rebuilt:
     return Rebuilt(
         source.name,
         MappingProxyType(dict(shapes)),
         MappingProxyType(dict(dtypes)),
-        lambda name: build(name, _CPU),
+        lambda name: build(name, _CPU, None),
         source.metadata,
         source.files,
         build=build,
         bounds=bounds,
         covers_all=covers_all,
         made_of=(source, dict(model)),
+        on_base=on_base,
     )
 
 
@@ -241,4 +300,4 @@ def _made_again(source: WeightSource, model: dict[str, tuple[int, ...]]) -> Weig
     """What was pickled; its warnings were given when it was made."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return as_delta(source, model)
+        return as_delta(source, model, on_base=True)

@@ -58,21 +58,15 @@ def lora_layers(source: WeightSource, weights: Iterable[str] = ()) -> tuple[Lora
     from the adapter metadata in the header (or PEFT's `adapter_config.json` beside the file) with PEFT's rules for
     `rank_pattern`, `alpha_pattern` and `use_rslora`, else it is the rank.
 
-    Raises `WeightSourceError` for unknown, doubled or incomplete factors, for DoRA, LoHa, LoKr and the like, and for a
-    config that `adapter_configs` refuses.
+    Raises `WeightSourceError` for unknown, doubled or incomplete factors, for DoRA, LoHa, LoKr and the like (see
+    `lora_kin`), and for a config that `adapter_configs` refuses.
     """
     check_detached(source)
     configs = adapter_configs(source, lora_names.KOHYA_PREFIXES)
-    _refuse_unsupported(source)
-    weights = list(weights)
-    modules = lora_names.flat_names(weights)
-    blocks = blocks_of_model(weights) if weights else file_blocks(source)
-    parsed = {key: lora_names.parse(key, modules, blocks) for key in source if not is_bundled(key)}
-    _refuse_unknown(source, [key for key, name in parsed.items() if name is None])
+    parsed = named_tensors(source, weights)
+    _refuse_kin(source, parsed)
     places: dict[tuple[str, str], dict[str, tuple[str, lora_names.LoraName]]] = {}
     for key, name in parsed.items():
-        if name is None:
-            continue
         parts = places.setdefault(name.place, {})
         if name.role in parts:
             raise WeightSourceError(
@@ -95,9 +89,9 @@ def file_blocks(source: WeightSource) -> Blocks:
     widths: dict[str, int] = {}
     for key, shape in source.shapes.items():
         found = lora_names.original_module(key)
-        if found is not None and found[1] in ("up", "alpha"):
+        if found is not None and found[1] in ("up", "diff", "alpha"):
             widths.setdefault(found[0], 0)
-            if found[1] == "up":
+            if found[1] != "alpha":
                 widths[found[0]] = shape[0]
     blocks, sure = blocks_of_originals(widths)
     if not sure:
@@ -174,15 +168,36 @@ def _refuse_unknown(source: WeightSource, unknown: list[str]) -> None:
     )
 
 
-def _refuse_unsupported(source: WeightSource) -> None:
+def named_tensors(source: WeightSource, weights: Iterable[str] = ()) -> dict[str, lora_names.LoraName]:
+    """What every tensor of a LoRA file is; `weights` are the canonical names of the model at hand.
+
+    Raises `WeightSourceError` for names of no known layout, and for kinds of tensors that cannot be computed.
+    """
     for what, pattern in lora_names.UNSUPPORTED.items():
         names = [name for name in source if pattern.search(name)]
         if names:
             raise WeightSourceError(
-                f"{source.name} holds {len(names)} {what} tensors ({keys.grouped(names[:1])}), which are no low-rank "
-                "products that could be added here. Use it with `pipe.load_lora_weights(...)`, or fuse it into its "
-                "base model with the tool that made it and pass `compute_delta(base, fused)`."
+                f"{source.name} holds {len(names)} {what} tensors ({keys.grouped(names[:1])}), which are no changes "
+                "that could be added here. Fuse it into its base model with the tool that made it, and pass "
+                "`compute_delta(base, fused)`."
             )
+    weights = list(weights)
+    modules = lora_names.flat_names(weights)
+    blocks = blocks_of_model(weights) if weights else file_blocks(source)
+    parsed = {key: lora_names.parse(key, modules, blocks) for key in source if not is_bundled(key)}
+    _refuse_unknown(source, [key for key, name in parsed.items() if name is None])
+    return {key: name for key, name in parsed.items() if name is not None}
+
+
+def _refuse_kin(source: WeightSource, parsed: Mapping[str, lora_names.LoraName]) -> None:
+    """Refuse LoHa, LoKr, DoRA, ... where low-rank pairs are wanted."""
+    kin = {key: lora_names.KIN_ROLES[name.role] for key, name in parsed.items() if name.role in lora_names.KIN_ROLES}
+    for what, count in Counter(kin.values()).most_common():
+        first = next(key for key in kin if kin[key] == what)
+        raise WeightSourceError(
+            f"{source.name} holds {count} {what} tensors ({first}), which are no low-rank pairs that can be renamed. "
+            "`merge_delta` and `merge_files` compute them from the file as it is."
+        )
 
 
 def _layer(
@@ -210,10 +225,12 @@ def _layer(
             f"{wrong[0]} of {source.name} is {source.dtypes[wrong[0]]}, not floating point. Store it in fp16 or fp32."
         )
     rank = shapes[0][0]
-    if alpha_key is None:
-        alpha = config.alpha_of(name.module, rank)
-    elif source.shapes[alpha_key] in ((), (1,)):
-        alpha = float(source[alpha_key].item())
-    else:
-        raise WeightSourceError(f"{alpha_key} of {source.name} is not one number: {source.shapes[alpha_key]}.")
+    alpha = config.alpha_of(name.module, rank) if alpha_key is None else number(source, alpha_key)
     return LoraLayer(*name.place, down, up, mid, alpha_key, rank, alpha, name.prefix, name.original)
+
+
+def number(source: WeightSource, key: str) -> float:
+    """The value of a tensor that holds one number; raises `WeightSourceError` if it holds more."""
+    if source.shapes[key] not in ((), (1,)):
+        raise WeightSourceError(f"{key} of {source.name} is not one number: {source.shapes[key]}.")
+    return float(source[key].item())

@@ -8,6 +8,7 @@ from perflow_diffusers.weights.original_names import SDXL, Blocks, from_original
 
 __all__ = [
     "BUNDLED",
+    "KIN_ROLES",
     "KOHYA_PREFIXES",
     "UNNAMED_TEXT",
     "UNSUPPORTED",
@@ -32,14 +33,22 @@ KOHYA_PREFIXES = {
 #: How names of textual inversions begin that are bundled with a LoRA: no layers of it.
 BUNDLED = "bundle_emb."
 
-#: What a LoRA file may hold besides low-rank factors -> how its tensors are called.
+#: What a LoRA file may hold that is no change of a weight which could be computed -> how its tensors are called.
 UNSUPPORTED = {
-    "DoRA": re.compile(r"\.dora_scale$|\.lora_magnitude_vector\b"),
-    "LoHa": re.compile(r"\.hada_\w+$"),
-    "LoKr": re.compile(r"\.lokr_\w+(\.weight)?$"),
-    "OFT": re.compile(r"\.oft_\w+(\.weight)?$"),
-    "full-difference": re.compile(r"\.diff(_b)?$|\.[wb]_norm$|\.set_weight$"),
-    "LoRA bias": re.compile(r"\.lora_(B|up)(\.[^.]+)?\.bias$"),
+    "OFT": re.compile(r"\.oft_\w+(\.[^.]+)?(\.weight)?$"),
+    "GLoRA": re.compile(r"\.[ab][12]\.weight$|\.glora_\w+(\.[^.]+)?$"),
+    "IA3": re.compile(r"\.on_input$|\.ia3_l(\.[^.]+)?$"),
+    "whole-weight": re.compile(r"\.(set|reshape)_weight$"),
+}
+
+#: Roles of tensors that are computed in a merge and are no low-rank pair -> the kind they belong to.
+KIN_ROLES = {
+    **{f"hada_{part}": "LoHa" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{part}": "LoKr" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")},
+    "dora_scale": "DoRA",
+    "diff": "full-difference",
+    "diff_b": "full-difference",
+    "lora_bias": "LoRA bias",
 }
 
 _COMFY = {  # how ComfyUI begins the names of LoRAs that it extracts; those of the UNet are original-format ones
@@ -49,17 +58,25 @@ _COMFY = {  # how ComfyUI begins the names of LoRAs that it extracts; those of t
     "text_encoders.clip_g.transformer.": "text_encoder_2",
 }
 _ROLES = {"A": "down", "down": "down", "B": "up", "up": "up", "mid": "mid"}
+_ROLES |= {"w_norm": "diff", "b_norm": "diff_b", "lora_magnitude_vector": "dora_scale"}
+_ROLES |= {"lora_B": "lora_bias", "lora_up": "lora_bias"}
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<role>A|B|down|up|mid)(\.[^.]+)?\.weight")
 _PROCESSOR = re.compile(r"(?P<module>.+)\.(?P<leaf>to_q|to_k|to_v|to_out)_lora\.(?P<role>down|up)\.weight")
 _OLD = re.compile(r"(?P<module>.+)\.lora(_linear_layer)?\.(?P<role>down|up)\.weight")
 _ALPHA = re.compile(r"(?P<module>.+)\.alpha")
+_KIN = re.compile(
+    r"(?P<module>.+)\.(?P<role>hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|dora_scale|lora_magnitude_vector)"
+    r"(\.[^.]+)?(\.weight)?"
+)
+_DIFFERENCE = re.compile(r"(?P<module>.+)\.(?P<role>diff|diff_b|w_norm|b_norm)")
+_BIAS = re.compile(r"(?P<module>.+)\.(?P<role>lora_B|lora_up)(\.[^.]+)?\.bias")
 
 # The words that module names of UNets (diffusers' and the original ones) and of CLIP consist of; each one is kept
 # whole where underscores become dots.
 _WORDS = (
     "down_blocks|up_blocks|mid_block|input_blocks|middle_block|output_blocks|transformer_blocks|resnets|attentions|"
     "downsamplers|upsamplers|attn1|attn2|to_q|to_k|to_v|to_out|ff|net|proj_in|proj_out|proj|conv_shortcut|conv_in|"
-    "conv_out|conv1|conv2|conv|time_emb_proj|time_embedding|time_embed|add_embedding|class_embedding|label_emb|"
+    "conv_norm_out|conv_out|conv1|conv2|conv|norm1|norm2|norm3|norm|time_emb_proj|time_embedding|time_embed|add_embedding|class_embedding|label_emb|"
     "cond_proj|linear_1|linear_2|linear|in_layers|out_layers|emb_layers|skip_connection|op|out|"
     "text_model|text_projection|encoder|layers|self_attn|q_proj|k_proj|v_proj|out_proj|mlp|fc1|fc2"
 )
@@ -68,7 +85,7 @@ _WORD = re.compile(rf"({'|'.join(sorted(_WORDS.split('|'), key=len, reverse=True
 
 # What the names of a UNet's modules begin with. A name that says of no component whose it is must begin so.
 _ROOTS = (
-    "down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding|class_embedding|time_emb_proj|"
+    "down_blocks|up_blocks|mid_block|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding|class_embedding|time_emb_proj|"
     "encoder_hid_proj|position_net|transformer_in"
 )
 _ORIGINAL = re.compile(r"(input_blocks|middle_block|output_blocks|out|time_embed|label_emb)\.")
@@ -95,7 +112,8 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class LoraName:
-    """What one tensor of a LoRA is: `component` of the pipeline, dotted `module`, `role` (down, up, mid or alpha).
+    """What one tensor of a LoRA is: `component` of the pipeline, dotted `module`, `role` (down, up, mid, alpha, or
+    one of `KIN_ROLES`).
 
     `module` is spelled as PEFT's patterns for this file know it; see `spelled`. `prefix` is kohya's beginning of the
     name ("" in other layouts); `original` whether the module was spelled as in original-format checkpoints.
@@ -168,13 +186,13 @@ def other_model(names: Iterable[str]) -> tuple[str, list[str]] | None:
 def _split(name: str) -> LoraName | None:
     """Component, prefix, module (as it is written) and role; None if no layout calls a factor or an alpha so."""
     name = name.replace("_orig_mod.", "").removeprefix("base_model.model.")
-    for pattern in (_FACTOR, _PROCESSOR, _OLD, _ALPHA):
+    for pattern in (_FACTOR, _PROCESSOR, _OLD, _ALPHA, _KIN, _DIFFERENCE, _BIAS):
         if match := pattern.fullmatch(name):
             break
     else:
         return None
     found = match.groupdict()
-    module, role = found["module"], _ROLES.get(found.get("role", ""), "alpha")
+    module, role = found["module"], _ROLES.get(found.get("role", "alpha"), found.get("role", "alpha"))
     if "leaf" in found:
         module += ".to_out.0" if found["leaf"] == "to_out" else f".{found['leaf']}"
     for component, prefixes in KOHYA_PREFIXES.items():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 _TOP = {
     "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
     "out.2": "conv_out",
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -17,6 +18,8 @@ _TOP = {
     "label_emb.0.2": "add_embedding.linear_2",
 }
 _RESNET = {
+    "in_layers.0": "norm1",
+    "out_layers.0": "norm2",
     "in_layers.2": "conv1",
     "out_layers.3": "conv2",
     "emb_layers.1": "time_emb_proj",

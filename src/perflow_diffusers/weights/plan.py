@@ -62,7 +62,7 @@ def plan_merge(pipe_or_unet: Any, source: Any, *, scale: float = 1.0, conv_in: C
 
     Raises `MergeError` (a ValueError) if the model is offloaded, quantised, fused or no UNet; if keys are missing,
     unknown or misshapen; if the delta is empty, not finite, or complete weights; `WeightSourceError` for a LoRA of a
-    kind that is no low-rank product (DoRA, LoHa, LoKr, ...), or that is damaged. Warns of layers for text encoders.
+    kind that cannot be computed (OFT, ...), or that is damaged. Warns of layers for text encoders.
     """
     return plan_weights(usable_weights(find_unet(pipe_or_unet)), source, scale=scale, conv_in=conv_in)
 
@@ -74,7 +74,8 @@ def plan_weights(
     if conv_in not in ("pad", "skip"):
         raise MergeError(f"conv_in={conv_in!r} is unknown. Pass 'pad' or 'skip'.")
     scale = checked_scale(scale)
-    delta = as_delta(_checked_source(source), {name: tuple(weight.shape) for name, weight in weights.items()})
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    delta = as_delta(_checked_source(source), shapes, on_base=True)
     names = _checked_names(delta)
     _refuse_complete_weights(delta, names, weights)
     edits, skipped = _edits(delta, names, weights, conv_in)

@@ -80,8 +80,11 @@ class WeightSource(Mapping[str, torch.Tensor]):
         low, high = torch.aminmax(tensor if tensor.dtype in _ORDERED else tensor.float())
         return low.item(), high.item()
 
-    def near(self, name: str, device: torch.device) -> torch.Tensor:
-        """A tensor for use on `device`: already there if it must be computed, else wherever it is."""
+    def near(self, name: str, device: torch.device, base: torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor for use on `device`: already there if it must be computed, else wherever it is.
+
+        `base` is the weight to which it will be added, for changes that depend on it.
+        """
         return self[name]
 
     def __deepcopy__(self, memo: dict) -> "WeightSource":

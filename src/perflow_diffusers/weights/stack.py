@@ -156,11 +156,13 @@ def write_layers(
             for name in names:
                 if interrupted:
                     raise KeyboardInterrupt
-                write_weight(weights[name], stack.base[name], terms_of(layers, name, weights[name].device))
+                base, device = stack.base[name], weights[name].device
+                write_weight(weights[name], base, terms_of(layers, name, base, device))
                 marks[name] = _sample(weights[name])
         except BaseException:
             for name in names[: len(marks) + 1]:
-                write_weight(weights[name], stack.base[name], terms_of(stack.layers, name, weights[name].device))
+                base, device = stack.base[name], weights[name].device
+                write_weight(weights[name], base, terms_of(stack.layers, name, base, device))
             raise
         stack.layers = layers
         stack.marks.update(marks)
@@ -184,7 +186,7 @@ def add_permanently(plan: MergePlan, scale: float, weights: Mapping[str, torch.T
         for done, edit in enumerate(plan.edits):
             try:
                 weight = weights[edit.name]
-                write_weight(weight, None, [(scale, plan.source.near(edit.key, weight.device), edit.channels)])
+                write_weight(weight, None, [(scale, plan.source.near(edit.key, weight.device, weight), edit.channels)])
             except Exception as error:
                 raise MergeError(
                     f"Merging failed at weight {done + 1} of {len(plan.edits)} ({edit.name}: {error}), and with "
@@ -195,12 +197,12 @@ def add_permanently(plan: MergePlan, scale: float, weights: Mapping[str, torch.T
 Term = tuple[float, torch.Tensor, int | None]
 
 
-def terms_of(layers: list[Layer], name: str, device: torch.device) -> Iterator[Term]:
-    """(scale, delta, channels) of every layer that changes the weight `name`, oldest first."""
+def terms_of(layers: list[Layer], name: str, base: torch.Tensor, device: torch.device) -> Iterator[Term]:
+    """(scale, delta, channels) of every layer that changes the weight `name`, with these base bits, oldest first."""
     for layer in layers:
         edit = layer.plan.edit_of.get(name)
         if edit is not None and layer.scale != 0:
-            yield layer.scale, layer.plan.source.near(edit.key, device), edit.channels
+            yield layer.scale, layer.plan.source.near(edit.key, device, base), edit.channels
 
 
 def write_weight(weight: torch.Tensor, base: torch.Tensor | None, terms: Iterator[Term] | list[Term]) -> None:

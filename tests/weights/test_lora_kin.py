@@ -1,0 +1,372 @@
+"""LoHa, LoKr, DoRA, whole differences and biases in a merge: PEFT's and LyCORIS's own layers are the judges."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_adapter_config import assert_merges_as_peft, peft_model, saved, trained, weights_of
+from test_lora import output, relative
+
+from perflow_diffusers.weights import (
+    MergeError,
+    WeightSourceError,
+    convert_lora,
+    extract_lora,
+    merge_delta,
+    merge_files,
+    open_weights,
+    set_delta_scale,
+    unmerge_delta,
+)
+from perflow_diffusers.weights.info import describe_weights
+from perflow_diffusers.weights.lora import as_delta
+
+peft = pytest.importorskip("peft")
+
+TARGETS = ["to_q", "to_out.0", "proj_in", "conv1", "time_emb_proj"]
+PEFT = {
+    "loha": lambda **more: peft.LoHaConfig(r=3, alpha=5, init_weights=False, target_modules=TARGETS, **more),
+    "lokr": lambda **more: peft.LoKrConfig(r=2, alpha=5, init_weights=False, target_modules=TARGETS, **more),
+    "lora": lambda **more: peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, target_modules=TARGETS, **more),
+}
+VARIANTS = [
+    ("loha", {}),
+    ("loha", {"use_effective_conv2d": True, "alpha_pattern": {"to_q": 2}, "rank_pattern": {"conv1": 2}}),
+    ("lokr", {}),
+    ("lokr", {"r": 64, "alpha": 5, "alpha_pattern": {"to_q": 2}, "rank_pattern": {"conv1": 40}}),  # whole factors
+    ("lokr", {"use_effective_conv2d": True, "decompose_both": True, "r": 1}),
+    ("lokr", {"decompose_factor": 2, "decompose_both": True, "r": 1}),
+    ("lora", {"use_dora": True}),
+    ("lora", {"use_dora": True, "use_rslora": True, "alpha_pattern": {"conv1": 2}}),
+    ("lora", {"lora_bias": True, "target_modules": ["to_out.0", "proj_in", "conv1", "time_emb_proj"]}),
+]
+
+
+def peft_adapter(unet, kind, options):
+    options = dict(options)
+    config = PEFT[kind]()
+    for name, value in options.items():
+        setattr(config, name, set(value) if name == "target_modules" else value)
+    return trained(peft_model(unet, config))
+
+
+@pytest.mark.parametrize("kind, options", VARIANTS)
+def test_merged_as_peft_merges(unet, bits, same, tmp_path, kind, options):
+    model = peft_adapter(unet, kind, options)
+    saved(model, tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    merged = model.merge_and_unload()
+    assert_merges_as_peft(unet, tmp_path / "adapter", merged)
+    touched = {name for name, value in weights_of(merged).items() if not torch.equal(value, weights_of(unet)[name])}
+    assert len(touched) >= 8 and len(stored) >= 2 * 8
+    before = bits(unet)
+    handle = merge_delta(unet, tmp_path / "adapter", 0.7)
+    handle.set_scale(-1.5)
+    handle.undo()
+    assert same(bits(unet), before)
+
+
+LYCORIS = {
+    "loha": ("loha", "LohaModule", {}),
+    "loha, Tucker": ("loha", "LohaModule", {"use_tucker": True}),
+    "loha, DoRA": ("loha", "LohaModule", {"weight_decompose": True}),
+    "lokr": ("lokr", "LokrModule", {}),
+    "lokr, Tucker": ("lokr", "LokrModule", {"use_tucker": True, "decompose_both": True, "lora_dim": 1}),
+    "lokr, whole": ("lokr", "LokrModule", {"full_matrix": True}),
+    "lokr, factor 2": ("lokr", "LokrModule", {"factor": 2, "lora_dim": 1, "weight_decompose": True}),
+    "lokr, unbalanced": ("lokr", "LokrModule", {"unbalanced_factorization": True, "lora_dim": 1}),
+    "lora, DoRA": ("locon", "LoConModule", {"weight_decompose": True}),
+    "lora, DoRA by input": ("locon", "LoConModule", {"weight_decompose": True, "wd_on_out": False}),
+    "locon, Tucker and DoRA": ("locon", "LoConModule", {"use_tucker": True, "weight_decompose": True}),
+    "rank-stabilised": ("locon", "LoConModule", {"rs_lora": True}),
+    "whole difference": ("full", "FullModule", {}),
+}
+
+
+def lycoris_modules(unet, file, name, options, modules):
+    """Random LyCORIS layers in place of a UNet's; returns what a kohya file would hold."""
+    import importlib
+
+    make = getattr(importlib.import_module(f"lycoris.modules.{file}"), name)
+    tensors, layers = {}, dict(unet.named_modules())
+    options = {"lora_dim": 2, "alpha": 3, **options}
+    for number, module in enumerate(modules):
+        layer = make(f"lora_unet_{module.replace('.', '_')}", layers[module], 1.0, **options)
+        generator = torch.Generator().manual_seed(number)
+        for parameter in layer.parameters():
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+        layer.apply_to()
+        tensors |= {
+            f"{layer.lora_name}.{key}": value
+            for key, value in (layer.custom_state_dict() or layer.state_dict()).items()
+        }
+        unet.register_module(f"kept_{number}", layer)
+    return {key: value.detach().clone().contiguous() for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize("case", list(LYCORIS))
+def test_computed_as_lycoris_runs_it(make_unet, tmp_path, case):
+    """The output of the UNet with LyCORIS's layers running is that after the merge of the file they would save."""
+    file, name, options = LYCORIS[case]
+    running, merged = make_unet(), make_unet()
+    modules = ["conv_in", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "mid_block.resnets.0.conv1"]
+    modules += ["up_blocks.1.attentions.0.proj_out", "down_blocks.1.resnets.0.time_emb_proj"]
+    with torch.no_grad():
+        tensors = lycoris_modules(running, file, name, options, modules)
+    save_file(tensors, tmp_path / "l.safetensors")
+    base = output(merged)
+    merge_delta(merged, tmp_path / "l.safetensors")
+    assert relative(output(running), base) > 1e-3
+    assert relative(output(merged), output(running)) < 2e-6
+
+
+def test_norms_of_lycoris(make_unet, tmp_path):
+    running, merged = make_unet(), make_unet()
+    modules = ["conv_norm_out", "mid_block.resnets.0.norm1", "mid_block.attentions.0.transformer_blocks.0.norm2"]
+    with torch.no_grad():
+        tensors = lycoris_modules(running, "norms", "NormModule", {}, modules)
+    assert {key.rpartition(".")[2] for key in tensors} == {"w_norm", "b_norm"}
+    merge_delta(merged, tensors)
+    assert relative(output(merged), output(running)) < 2e-6
+
+
+def original_names(unet):
+    """{name: original name}, found by giving diffusers' own converter a checkpoint whose numbers say their names."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    inputs = [f"{block}.{layer}" for block in range(1, 6) for layer in (0, 1)]
+    parts = [f"input_blocks.{name}" for name in inputs] + [
+        f"output_blocks.{n}.{i}" for n in range(6) for i in (0, 1, 2)
+    ]
+    parts += [f"middle_block.{layer}" for layer in range(3)]
+    inner = [
+        "in_layers.0",
+        "in_layers.2",
+        "emb_layers.1",
+        "out_layers.0",
+        "out_layers.3",
+        "skip_connection",
+        "op",
+        "conv",
+    ]
+    inner += ["norm", "proj_in", "proj_out"]
+    block = [f"norm{n}" for n in (1, 2, 3)] + ["ff.net.0.proj", "ff.net.2"]
+    block += [f"attn{n}.{what}" for n in (1, 2) for what in ("to_q", "to_k", "to_v", "to_out.0")]
+    inner += [f"transformer_blocks.0.{name}" for name in block]
+    names = ["input_blocks.0.0", "time_embed.0", "time_embed.2", "out.0", "out.2"]
+    names += [f"{part}.{name}" for part in parts for name in inner]
+    names = [f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")]
+    marked = {f"model.diffusion_model.{name}": torch.tensor(float(number)) for number, name in enumerate(names)}
+    found = convert_ldm_unet_checkpoint(marked, {**unet.config, "class_embed_type": None, "addition_embed_type": None})
+    return {name: names[int(found[name].item())] for name in unet.state_dict()}
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "ComfyUI"])
+def test_differences_are_exact(make_unet, bits, same, make_delta, spelling):
+    """A whole delta as `.diff` and `.diff_b` is the delta to the bit; ComfyUI extracts under original names."""
+    unet = make_unet(layers_per_block=2)
+    delta = make_delta(unet, dtype=torch.float32)
+    names = original_names(unet)
+    tensors = {}
+    for name, value in delta.items():
+        module, _, parameter = name.rpartition(".")
+        stem = f"lora_unet_{module.replace('.', '_')}"
+        if spelling == "ComfyUI":
+            stem = f"diffusion_model.{names[name].rpartition('.')[0]}"
+        assert stem != "diffusion_model."
+        tensors[f"{stem}.{'diff' if parameter == 'weight' else 'diff_b'}"] = value
+    plain, other = make_unet(layers_per_block=2), make_unet(layers_per_block=2)
+    merge_delta(plain, delta)
+    merge_delta(other, tensors)
+    assert same(bits(plain), bits(other))
+
+
+def dora(unet, folder):
+    saved(peft_adapter(unet, "lora", {"use_dora": True}), folder)
+    return folder
+
+
+def dora_changes(unet, folder):
+    """{weight: W' - W} in float64 from the formula of the paper, W the weights of `unet`."""
+    tensors = {
+        key.removeprefix("base_model.model."): value.double()
+        for key, value in load_file(folder / "adapter_model.safetensors").items()
+    }
+    found = {}
+    for key, magnitude in tensors.items():
+        if "lora_magnitude_vector" in key:
+            module = key.partition(".lora_magnitude_vector")[0]
+            base = unet.state_dict()[f"{module}.weight"].double()
+            down, up = (tensors[f"{module}.lora_{one}.weight"].flatten(1) for one in "AB")
+            whole = base.flatten(1) + up @ down * (5 / 3)
+            whole = magnitude.reshape(-1, 1) * whole / whole.norm(dim=1, keepdim=True)
+            found[f"{module}.weight"] = whole.reshape(base.shape) - base
+    return found
+
+
+def test_scale_takes_a_share_of_the_whole_change_of_a_dora(unet, tmp_path):
+    """As ComfyUI: base + strength (W' - W), so it can be rescaled without the norm in between."""
+    changes = dora_changes(unet, dora(unet, tmp_path / "dora"))
+    before = weights_of(unet)
+    merge_delta(unet, tmp_path / "dora", 0.3)
+    for scale in (0.3, -2.0, 1.0):
+        set_delta_scale(unet, scale)
+        for name, change in changes.items():
+            assert torch.allclose(unet.state_dict()[name].double(), before[name].double() + scale * change, atol=2e-6)
+
+
+@pytest.mark.parametrize("backup", ["cpu", "disk"])
+def test_a_dora_among_other_merges_is_that_of_the_base(make_unet, make_delta, bits, same, tmp_path, backup):
+    """In any order, at any scale: W is the weight before all merges, so the sum does not depend on what came first."""
+    first, second = make_unet(), make_unet()
+    before, delta = bits(first), make_delta(first, dtype=torch.float32)
+    dora(first, tmp_path / "dora")
+    changes = dora_changes(first, tmp_path / "dora")
+    handles = [merge_delta(first, delta, backup=backup), merge_delta(first, tmp_path / "dora", backup=backup)]
+    handles[0].set_scale(0.5)
+    merge_delta(second, tmp_path / "dora", backup=backup)
+    merge_delta(second, delta, 0.5, backup=backup)
+    with pytest.warns(UserWarning, match="merged into this UNet already"):
+        merge_delta(second, tmp_path / "dora", backup=backup)
+    unmerge_delta(second)
+    for name, change in changes.items():
+        wanted = before[name].double() + 0.5 * delta[name].double() + change
+        assert torch.allclose(first.state_dict()[name].double(), wanted, atol=2e-6)
+        assert torch.allclose(second.state_dict()[name].double(), wanted, atol=2e-6)
+    copied, sent = copy.deepcopy(first), pickle.loads(pickle.dumps(first))
+    set_delta_scale(sent, 1.0)
+    assert same(bits(sent), bits(first))
+    for unet in (first, second, copied, sent):
+        unmerge_delta(unet)
+        unmerge_delta(unet)
+        assert same(bits(unet), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_dora_from_file_to_file_and_for_good(make_unet, bits, same, tmp_path, dtype):
+    unet, other = make_unet(dtype), make_unet(dtype)
+    dora(make_unet(), tmp_path / "dora")
+    save_file(bits(unet), tmp_path / "base.safetensors")
+    merge_files(tmp_path / "base.safetensors", tmp_path / "dora", tmp_path / "out.safetensors", scale=0.9)
+    merge_delta(unet, tmp_path / "dora", 0.9)
+    merge_delta(other, tmp_path / "dora", 0.9, backup="none")
+    assert same(load_file(tmp_path / "out.safetensors"), bits(unet)) and same(bits(other), bits(unet))
+
+
+def test_a_dora_alone_is_no_delta(unet, tmp_path):
+    path = dora(unet, tmp_path / "dora")
+    for call in (
+        lambda: extract_lora(path, tmp_path / "l.safetensors", rank=2),
+        lambda: as_delta(open_weights(path)),
+    ):
+        with pytest.raises(WeightSourceError, match=r"DoRA.*depends on the weights of the base.*merge_files\(base"):
+            call()
+
+
+def test_a_dora_on_more_input_channels(make_unet, tmp_path):
+    """The first channels of a wider conv_in get what the plain conv_in would get."""
+    plain, wide = make_unet(), make_unet(in_channels=9)
+    wide.conv_in.weight[:, :4] = plain.conv_in.weight
+    before = wide.conv_in.weight.detach().clone()
+    config = peft.LoraConfig(r=2, target_modules=["conv_in"], use_dora=True, init_lora_weights=False)
+    saved(trained(peft_model(plain, config)), tmp_path / "dora")
+    merge_delta(wide, tmp_path / "dora")
+    merge_delta(plain, tmp_path / "dora")
+    assert torch.allclose(wide.conv_in.weight[:, :4], plain.conv_in.weight, atol=1e-6)
+    assert torch.equal(wide.conv_in.weight[:, 4:], before[:, 4:])
+
+
+def test_rows_of_zeros_stay(unet):
+    stem, weight = "lora_unet_conv_in", unet.conv_in.weight
+    weight[0] = 0
+    up = torch.ones(8, 1, 1, 1)
+    up[0] = 0
+    source = {f"{stem}.lora_down.weight": torch.ones(1, 4, 3, 3), f"{stem}.lora_up.weight": up}
+    source[f"{stem}.dora_scale"] = torch.ones(8, 1, 1, 1)
+    merge_delta(unet, source)
+    assert torch.equal(weight[0], torch.zeros(4, 3, 3)) and weight.isfinite().all()
+
+
+LOHA = {f"hada_w{one}_{two}": torch.ones(8, 2) if two == "a" else torch.ones(2, 36) for one in "12" for two in "ab"}
+LOKR = {"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(4, 2), "lokr_w2_b": torch.ones(2, 18)}
+PAIR = {"lora_down.weight": torch.ones(2, 4, 3, 3), "lora_up.weight": torch.ones(8, 2, 1, 1)}
+BAD = {
+    "half a LoHa": ({**LOHA, "hada_w2_b": None}, "do not belong together"),
+    "ranks of a LoHa": ({**LOHA, "hada_w2_b": torch.ones(3, 36)}, "do not belong together"),
+    "one core": ({**LOHA, "hada_t1": torch.ones(2, 2, 3, 3)}, "do not belong together"),
+    "half a LoKr": ({**LOKR, "lokr_w2_b": None}, "do not belong together"),
+    "twice a factor": ({**LOKR, "lokr_w2": torch.ones(4, 2, 3, 3)}, "do not belong together"),
+    "integers": ({**LOKR, "lokr_w1": torch.ones(2, 2, dtype=torch.int32)}, "not floating point"),
+    "two changes": ({**LOHA, **LOKR}, "more than one change"),
+    "pair and difference": ({**PAIR, "diff": torch.ones(8, 4, 3, 3)}, "more than one change"),
+    "a lone magnitude": ({"dora_scale": torch.ones(8, 1, 1, 1)}, "without factors"),
+    "a magnitude's shape": ({**PAIR, "dora_scale": torch.ones(7, 1, 1, 1)}, "is no magnitude"),
+    "a lone bias": ({"lora_up.bias": torch.ones(8)}, "without factors"),
+    "not finite": ({**LOHA, "hada_w1_a": torch.full((8, 2), float("nan"))}, "NaN or Inf"),
+    "not finite magnitude": ({**PAIR, "dora_scale": torch.full((8, 1, 1, 1), float("inf"))}, "NaN or Inf"),
+    "a difference's shape": ({"diff": torch.ones(7, 4, 3, 3)}, "Misshapen"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_what_does_not_fit_is_told_before_anything_changes(unet, bits, same, case):
+    before, (tensors, words) = bits(unet), BAD[case]
+    source = {f"lora_unet_conv_in.{key}": value for key, value in tensors.items() if value is not None}
+    with pytest.raises((WeightSourceError, MergeError), match=words):
+        merge_delta(unet, source)
+    assert same(bits(unet), before)
+
+
+def test_a_config_that_promises_magnitudes(unet, tmp_path):
+    path = dora(unet, tmp_path / "dora")
+    tensors = load_file(path / "adapter_model.safetensors")
+    lone = next(key for key in tensors if "magnitude" in key)
+    save_file({key: value for key, value in tensors.items() if key != lone}, path / "adapter_model.safetensors")
+    with pytest.raises(WeightSourceError, match=r"use_dora.*1 layers have no magnitude"):
+        merge_delta(unet, path)
+
+
+def test_what_they_are_is_told(unet, tmp_path):
+    for kind, options, words in (("loha", {}, "LoHa"), ("lokr", {}, "LoKr"), ("lora", {"use_dora": True}, "DoRA")):
+        saved(peft_adapter(unet, kind, options), tmp_path / kind)
+        assert words in describe_weights(tmp_path / kind).form
+        with pytest.raises(WeightSourceError, match=f"{words} .*no low-rank pairs.*merge_delta"):
+            convert_lora(tmp_path / kind, tmp_path / "out.safetensors", "kohya")
+
+
+def test_text_encoder_layers_of_a_loha_are_left_out_with_advice_that_works(unet):
+    """diffusers does not load a LoHa, so it is not advised."""
+    text = {f"lora_te_text_model_encoder_layers_0_mlp_fc1.{key}": value for key, value in LOHA.items()}
+    both = text | {f"lora_unet_conv_in.{key}": value for key, value in LOHA.items()}
+    with pytest.warns(UserWarning, match="1 layers .* for text encoders.*the tool that made the file"):
+        merge_delta(unet, both)
+    with pytest.raises(WeightSourceError, match=r"no layer for a UNet.*the tool that made the file"):
+        merge_delta(unet, text)
+
+
+def test_extraction_and_smaller_forms_take_them_as_deltas(unet, make_unet, tmp_path):
+    """A LoHa is a delta like any other: at full rank the LoRA of it is it."""
+    saved(peft_adapter(unet, "loha", {"target_modules": ["to_q", "to_out.0"]}), tmp_path / "loha")
+    extract_lora(tmp_path / "loha", tmp_path / "l.safetensors", rank=16, exact=True, dtype=torch.float32)
+    other = make_unet()
+    merge_delta(unet, tmp_path / "loha")
+    merge_delta(other, tmp_path / "l.safetensors")
+    for name, weight in weights_of(unet).items():
+        assert torch.allclose(weight, other.state_dict()[name], atol=1e-5), name
+
+
+def test_a_header_of_diffusers_with_a_dora(unet, make_unet, tmp_path):
+    """`save_lora_adapter` of a live DoRA: names and config without the component, magnitudes among them."""
+    torch.manual_seed(5)
+    live = make_unet()
+    live.add_adapter(
+        peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, use_dora=True, init_lora_weights=False)
+    )
+    trained(live)
+    live.save_lora_adapter(tmp_path / "lora")
+    assert json.loads(open_weights(tmp_path / "lora").metadata["lora_adapter_metadata"])["use_dora"]
+    merge_delta(unet, tmp_path / "lora")
+    assert relative(output(unet), output(live)) < 2e-6
