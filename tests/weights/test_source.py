@@ -239,13 +239,18 @@ def hub(tensors, tmp_path, monkeypatch):
         def __init__(self, token=None):
             self.token = token
 
-        def list_repo_files(self, repo_id, revision=None):
+        def model_info(self, repo_id, revision=None, timeout=None):
             if not state.online:
                 raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
             if repo_id != "hansyan/perflow-sd15-delta-weights":
                 response = SimpleNamespace(headers={}, status_code=404, request=None)
                 raise huggingface_hub.errors.RepositoryNotFoundError("404", response=response)
-            return [str(path.relative_to(store)) for path in sorted(store.rglob("*")) if path.is_file()]
+
+        def list_repo_tree(self, repo_id, recursive=False, revision=None):
+            for path in sorted(store.rglob("*")):
+                if path.is_file():
+                    name, size = str(path.relative_to(store)), path.stat().st_size
+                    yield huggingface_hub.hf_api.RepoFile(path=name, size=size, oid="0" * 40)
 
     def download(repo_id, name, revision=None, token=None):
         downloads.append((repo_id, name, revision, token))

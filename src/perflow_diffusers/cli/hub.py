@@ -2,19 +2,21 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from perflow_diffusers.cli.terminal import failing
+from perflow_diffusers.cli.where import with_hub_options
 
 
+@with_hub_options()
 def info(
     source: Annotated[
         str, typer.Argument(help="A .safetensors file, a folder, a short name (perflow-sd15-delta) or a Hub id.")
     ],
+    where: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="For scripts: one JSON object.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
 ) -> None:
     """Say what weights are and how they are to be used: type, windows, steps, guidance, base, licence, sizes.
 
@@ -33,7 +35,7 @@ def info(
     from perflow_diffusers.hub import describe
 
     with failing("info"):
-        found = describe(source, revision=revision)
+        found = describe(source, **where)
         typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
 
 
@@ -81,10 +83,11 @@ def push(
         typer.echo(url)
 
 
+@with_hub_options(without=("variant",))
 def pull(
     repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
     folder: Annotated[Path, typer.Argument(help="Where the copy goes.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    where: dict[str, Any],
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there already.")] = False,
 ) -> None:
     """Copy an artefact from the Hub into a folder; `load_perflow(pipe, FOLDER)` then needs no network.
@@ -96,5 +99,5 @@ def pull(
     from perflow_diffusers.hub import pull as pull_artifact
 
     with failing("pull"):
-        artifact = pull_artifact(repo_id, folder, revision=revision, overwrite=force)
+        artifact = pull_artifact(repo_id, folder, overwrite=force, **where)
         typer.echo(f"{artifact.name}: {artifact.prediction_type}, {artifact.num_time_windows} windows: {folder}")

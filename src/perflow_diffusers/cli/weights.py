@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from perflow_diffusers.cli.terminal import check_out, failing, progress_bar
+from perflow_diffusers.cli.where import with_hub_options
 
 Source = Annotated[
     str, typer.Argument(help="A .safetensors file, a model or pipeline folder, a short name or a Hub id.")
@@ -19,10 +20,13 @@ Form = Literal["diffusers", "kohya", "float16", "bfloat16", "int8"]
 PerflowType = Literal["ddim_eps", "diff_eps", "velocity"]
 
 
+@with_hub_options("base", "tuned")
 def diff(
     base: Annotated[str, typer.Argument(help="The model before: file, folder, pipeline folder, Hub id.")],
     tuned: Annotated[str, typer.Argument(help="The model after: the few-step student.")],
     out: Annotated[Path, typer.Argument(help="The delta: a .safetensors file, or a folder with --shard-size.")],
+    base_where: dict[str, Any],
+    tuned_where: dict[str, Any],
     dtype: Annotated[StoredDtype | None, typer.Option(help="Stored as; default: the wider one of the two.")] = None,
     prediction_type: Annotated[PerflowType | None, typer.Option(help="How the student was trained.")] = None,
     num_time_windows: Annotated[int | None, typer.Option(min=1, help="How many windows it was trained with.")] = None,
@@ -47,7 +51,7 @@ def diff(
     """
     import torch
 
-    from perflow_diffusers.weights import check_delta, compute_delta
+    from perflow_diffusers.weights import check_delta, compute_delta, open_weights
 
     metadata: dict[str, Any] = {
         "prediction_type": prediction_type if prediction_type else None,
@@ -57,13 +61,14 @@ def diff(
     }
     with failing("diff"):
         check_out(out, force)
+        first, second = open_weights(base, **base_where), open_weights(tuned, **tuned_where)
         if dry_run:
-            typer.echo(f"{check_delta(base, tuned)}\nDry run: {out} was not written.")
+            typer.echo(f"{check_delta(first, second)}\nDry run: {out} was not written.")
             return
         with progress_bar("diff") as progress:
             delta = compute_delta(
-                base,
-                tuned,
+                first,
+                second,
                 out,
                 dtype=getattr(torch, dtype) if dtype else None,
                 metadata={key: value for key, value in metadata.items() if value is not None},
@@ -75,10 +80,13 @@ def diff(
         typer.echo(str(delta))
 
 
+@with_hub_options("base", "delta")
 def merge(
     base: Annotated[str, typer.Argument(help="The model: file, UNet folder, pipeline folder, Hub id.")],
     delta: Annotated[str, typer.Argument(help="What is added: a delta or a LoRA, of any form.")],
     out: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder that UNet2DConditionModel loads.")],
+    base_where: dict[str, Any],
+    delta_where: dict[str, Any],
     scale: Annotated[float, typer.Option(help="Strength; 1 is the full delta.")] = 1.0,
     conv_in: Annotated[
         Literal["pad", "skip"], typer.Option(help="A wider conv_in (inpainting): pad or skip it.")
@@ -94,15 +102,17 @@ def merge(
 
         perflow merge Lykon/dreamshaper-8 perflow-sd15-delta dreamshaper-perflow-unet
 
+        perflow merge owner/sd15 owner/turbo merged --base-variant fp16 --delta-revision v2
+
         perflow merge unet.safetensors style-lora.safetensors merged.safetensors --scale 0.8
     """
-    from perflow_diffusers.weights import merge_files
+    from perflow_diffusers.weights import merge_files, open_weights
 
     with failing("merge"), progress_bar("merge") as progress:
         check_out(out, force)
         report = merge_files(
-            base,
-            delta,
+            open_weights(base, **base_where),
+            open_weights(delta, **delta_where),
             out,
             scale=scale,
             conv_in=conv_in,
@@ -115,9 +125,11 @@ def merge(
         typer.echo(f"Dry run: {out} was not written.")
 
 
+@with_hub_options()
 def extract_lora(
     delta: Source,
     out: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder that load_lora_weights reads.")],
+    where: dict[str, Any],
     rank: Annotated[int | None, typer.Option(min=1, help="The same rank for every layer.")] = None,
     energy: Annotated[
         float | None,
@@ -148,19 +160,20 @@ def extract_lora(
     """
     import torch
 
-    from perflow_diffusers.weights import check_extract, extract_lora
+    from perflow_diffusers.weights import check_extract, extract_lora, open_weights
     from perflow_diffusers.weights.writer import write_text
 
     with failing("extract-lora"):
         check_out(out, force)
         if report is not None:
             check_out(report, force)
+        source = open_weights(delta, **where)
         if dry_run:
-            typer.echo(f"{check_extract(delta, rank=rank, energy=energy)}\nDry run: {out} was not written.")
+            typer.echo(f"{check_extract(source, rank=rank, energy=energy)}\nDry run: {out} was not written.")
             return
         with progress_bar("extract-lora") as progress:
             result = extract_lora(
-                delta,
+                source,
                 out,
                 rank=rank,
                 energy=energy,
@@ -175,10 +188,12 @@ def extract_lora(
         typer.echo(str(result))
 
 
+@with_hub_options()
 def convert(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
     to: Annotated[Form, typer.Option(help="A LoRA: diffusers or kohya keys. A delta: float16, bfloat16 or int8.")],
+    where: dict[str, Any],
     dry_run: DryRun = False,
     force: Force = False,
 ) -> None:
@@ -193,18 +208,19 @@ def convert(
 
         perflow convert perflow.safetensors perflow-int8.safetensors --to int8
     """
-    from perflow_diffusers.weights import check_convert, check_shrink, convert_lora, shrink_delta
+    from perflow_diffusers.weights import check_convert, check_shrink, convert_lora, open_weights, shrink_delta
 
     with failing("convert"):
         check_out(out, force)
+        given = open_weights(source, **where)
         if dry_run:
             if to == "diffusers" or to == "kohya":
-                typer.echo(check_convert(source, to))
+                typer.echo(check_convert(given, to))
             else:
-                typer.echo(check_shrink(source, to))
+                typer.echo(check_shrink(given, to))
             typer.echo(f"Dry run: {out} was not written.")
         elif to == "diffusers" or to == "kohya":
-            typer.echo(f"{convert_lora(source, out, to, overwrite=force)}")
+            typer.echo(f"{convert_lora(given, out, to, overwrite=force)}")
         else:
             with progress_bar("convert") as progress:
-                typer.echo(str(shrink_delta(source, out, to, overwrite=force, progress=progress)))
+                typer.echo(str(shrink_delta(given, out, to, overwrite=force, progress=progress)))

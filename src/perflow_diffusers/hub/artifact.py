@@ -5,9 +5,10 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.find import Found, find, from_folder
 from perflow_diffusers.hub.push import push_perflow
 from perflow_diffusers.hub.save import save_artifact
@@ -16,6 +17,11 @@ from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import WeightSource
 from perflow_diffusers.weights.delta import content_hash
 from perflow_diffusers.weights.plan import find_unet
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from perflow_diffusers.weights.where import HubOptions
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,13 +97,13 @@ class PeRFlowArtifact:
         return cls.of(find(source, "all"))
 
     @classmethod
-    def from_pretrained(cls, source: Any, weights: str = "auto", **where: Any) -> "PeRFlowArtifact":
+    def from_pretrained(cls, source: Any, weights: str = "auto", **where: "Unpack[HubOptions]") -> "PeRFlowArtifact":
         """From a folder, a file, a short name or a Hub id, in this order.
 
         `weights`: "auto" (the delta if there is one, else the LoRA), "delta", "lora", "all", or "none" for settings
-        alone. `where`: revision, variant, subfolder, token, local_files_only, as in diffusers. Errors as above.
+        alone. `where`: the options of `open_weights`, as in diffusers. Errors as above.
         """
-        return cls.of(find(source, weights, **where))
+        return cls.of(find(source, weights, options(where)))
 
     @classmethod
     def of(cls, found: Found) -> "PeRFlowArtifact":

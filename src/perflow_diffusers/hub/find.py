@@ -13,7 +13,6 @@ from perflow_diffusers.hub.fetch import (
     Unreachable,
     cached_folder,
     check_reachable,
-    check_token,
     download,
     list_repository,
 )
@@ -21,6 +20,7 @@ from perflow_diffusers.hub.settings import checked, from_metadata, from_schedule
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.locate import SHORT_NAMES, HubSpec
 from perflow_diffusers.weights.published import Published, published
+from perflow_diffusers.weights.where import Where
 
 SETTINGS = "perflow.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -35,6 +35,10 @@ _PIPELINE = (
     "{} is a whole pipeline, not an accelerator to load into another one. Load it with "
     "`DiffusionPipeline.from_pretrained(...)`, then call `set_scheduler(pipe)`."
 )
+_NO_VARIANT = (
+    "{} is an artefact whose settings name its files: it has no variant '{}'. Leave `variant` out, and pass "
+    "`weights=`, `revision=` or `subfolder=` for other weights."
+)
 _DECISIVE = ("prediction_type", "num_time_windows", "window_boundaries")
 
 
@@ -48,32 +52,22 @@ class Found:
     folder: Path | None = None
 
 
-def find(
-    source: Any,
-    weights: str = "auto",
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> Found:
+def find(source: Any, weights: str = "auto", where: Where | None = None) -> Found:
     """Settings and weights of an artefact; a local path wins over a short name, a short name over the Hub.
 
     Raises `ArtifactError` or `WeightSourceError` (both ValueErrors) for what cannot be found or trusted.
     """
+    where = where or Where()
     if weights not in CHOICES:
         raise ArtifactError(f"weights={weights!r} is unknown. Pass one of {', '.join(CHOICES[:3])}.")
     if not isinstance(source, str | os.PathLike):
         return _bare(open_weights(source), weights)
-    check_token(token)
     text = os.fspath(source)
     if not text.strip():
         raise ArtifactError("The name of the artefact is empty. Pass a folder, a file, a short name or a Hub id.")
     path = Path(text).expanduser()
     if path.is_dir():
-        folder = path / subfolder if subfolder else path
-        return from_folder(folder, weights, variant)
+        return from_folder(path / where.prefix, weights, where.variant)
     if path.exists():
         return _bare(open_weights(path), weights)
     entry = published(text)
@@ -83,16 +77,16 @@ def find(
             f"another one. Load it with `DiffusionPipeline.from_pretrained({_arguments(entry)})`, then call "
             "`set_scheduler(pipe)`."
         )
-    options = {"revision": revision, "variant": variant, "token": token, "local_files_only": local_files_only}
     place = SHORT_NAMES.get(text)
-    if entry is None and (isinstance(place, HubSpec) or (place is None and _is_repository(text))):
-        repo_id = place.repo_id if isinstance(place, HubSpec) else text
-        return _from_hub(repo_id, weights, revision, variant, token, local_files_only)
+    if entry is None and isinstance(place, HubSpec):
+        return _from_hub(place.repo_id, weights, place.under(where))
+    if entry is None and place is None and _is_repository(text):
+        return _from_hub(text, weights, where)
     if entry is not None:
-        options["variant"] = variant or entry.variant
         text = entry.repo_id
-        options["local_files_only"] = local_files_only or not _answers(text, revision, token)
-    return _bare(open_weights(text, subfolder=subfolder, **options), weights, entry)  # type: ignore[arg-type]
+        asked = not where.local_files_only and _answers(text, where)
+        where = replace(where, variant=where.variant or entry.variant, local_files_only=not asked)
+    return _bare(open_weights(text, **vars(where)), weights, entry)
 
 
 def _arguments(entry: Published) -> str:
@@ -100,10 +94,10 @@ def _arguments(entry: Published) -> str:
     return f"'{entry.repo_id}'" + (f", variant='{entry.variant}'" if entry.variant else "")
 
 
-def _answers(repo_id: str, revision: str | None, token: str | bool | None) -> bool:
+def _answers(repo_id: str, where: Where) -> bool:
     """Whether the Hub is there; without it, what is in the cache has to do."""
     try:
-        check_reachable(repo_id, revision, token)
+        check_reachable(repo_id, where)
     except Unreachable:
         return False
     return True
@@ -128,13 +122,18 @@ def from_folder(folder: Path, wanted: str = "auto", variant: str | None = None) 
     names = [name for name in (SETTINGS, SCHEDULER) if (folder / name).is_file()]
     if (folder / INDEX).is_file() and SETTINGS not in names:
         raise ArtifactError(_PIPELINE.format(folder))
+    if variant is not None and SETTINGS in names:
+        raise ArtifactError(_NO_VARIANT.format(folder, variant))
     said = documents_of({name: folder / name for name in names})
     named = said.pop("weights", {})
+    if variant is not None:  # then the weights are chosen by it
+        found = _bare(open_weights(folder, variant=variant), wanted, published(folder.resolve().name))
+        return replace(found, fields=_agreed(said, dict(found.fields), str(folder)))
     present = {form: folder / name for form, name in (named or WEIGHTS).items() if (folder / name).is_file()}
     if wanted == "none" and "prediction_type" not in said:
         wanted = "auto"  # then only the header of the weights can tell
     if not named and not present and SETTINGS not in names and wanted != "none":
-        found = _bare(open_weights(folder, variant=variant), wanted, published(folder.resolve().name))
+        found = _bare(open_weights(folder), wanted, published(folder.resolve().name))
         return replace(found, fields=_agreed(said, dict(found.fields), str(folder)))
     chosen = choose({form: str(path) for form, path in present.items()}, wanted, str(folder))
     return _with_headers(str(folder), said, {form: present[form] for form in chosen}, folder)
@@ -194,40 +193,40 @@ def _with_headers(name: str, said: dict[str, Any], paths: dict[str, Path], folde
     return Found(name, said, sources, folder)
 
 
-def _from_hub(
-    repo_id: str, wanted: str, revision: str | None, variant: str | None, token: str | bool | None, local: bool
-) -> Found:
+def _from_hub(repo_id: str, wanted: str, where: Where) -> Found:
     try:
-        if local:
-            raise Unreachable("local_files_only=True")
-        repository = list_repository(repo_id, revision, token)
+        repository = list_repository(repo_id, where)
     except Unreachable as error:
-        return replace(from_folder(cached_folder(repo_id, revision, error), wanted, variant), name=repo_id)
+        folder = cached_folder(repo_id, where, error)
+        return replace(from_folder(folder, wanted, where.variant), name=f"{repo_id}/{where.prefix}".rstrip("/"))
     if INDEX in repository.sizes and SETTINGS not in repository.sizes:
-        raise ArtifactError(_PIPELINE.format(repo_id))
-    if not any(name in repository.sizes for name in (SETTINGS, SCHEDULER, *WEIGHTS.values())):
-        opened = open_weights(repo_id, revision=revision, variant=variant, token=token)
-        return _bare(opened, wanted)
-    paths, repository = fetch_documents(repository, token)
+        raise ArtifactError(_PIPELINE.format(repository.name))
+    known = any(name in repository.sizes for name in (SETTINGS, SCHEDULER, *WEIGHTS.values()))
+    if where.variant is not None and SETTINGS in repository.sizes:
+        raise ArtifactError(_NO_VARIANT.format(repository.name, where.variant))
+    if where.variant is not None or not known:
+        found = _bare(open_weights(repo_id, **vars(where)), wanted)
+        said = documents_of(fetch_documents(repository)[0])
+        return replace(found, fields=_agreed(said, dict(found.fields), repository.name))
+    paths, repository = fetch_documents(repository)
     said = documents_of(paths)
     named = said.pop("weights", None) or {k: name for k, name in WEIGHTS.items() if name in repository.sizes}
     if wanted == "none" and "prediction_type" not in said:
         wanted = "auto"
-    weights = {form: download(repository, named[form], token) for form in choose(named, wanted, repo_id)}
+    weights = {form: download(repository, named[form]) for form in choose(named, wanted, repository.name)}
     folder = next(iter([*weights.values(), *(path for name, path in paths.items() if "/" not in name)]), Path()).parent
-    found = _with_headers(repo_id, said, weights, folder)
+    found = _with_headers(repository.name, said, weights, folder)
     residual = found.fields.get("residual")
     if residual is not None and "lora" in weights:
-        download(repository, residual, token)
+        download(repository, residual)
     return found
 
 
-def fetch_documents(repository: Repository, token: str | bool | None) -> tuple[dict[str, Path], Repository]:
+def fetch_documents(repository: Repository) -> tuple[dict[str, Path], Repository]:
     """The settings files of a repository, and the repository pinned to the commit that they are of."""
     paths: dict[str, Path] = {}
     for name in (SETTINGS, SCHEDULER):
         if name in repository.sizes:
-            paths[name] = download(repository, name, token)
-            commit = paths[name].parents[name.count("/")].name
-            repository = replace(repository, revision=commit)
+            paths[name] = download(repository, name)
+            repository = repository.pinned(paths[name], name)
     return paths, repository

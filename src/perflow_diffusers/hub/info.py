@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub as hub
 
@@ -17,8 +17,9 @@ from perflow_diffusers.hub.fetch import (
     Unreachable,
     cached_folder,
     download,
-    explained,
+    header,
     list_repository,
+    options,
 )
 from perflow_diffusers.hub.find import (
     CARD,
@@ -36,6 +37,12 @@ from perflow_diffusers.hub.settings import from_metadata, from_scheduler
 from perflow_diffusers.weights import WeightsInfo, describe_weights
 from perflow_diffusers.weights.locate import SHORT_NAMES
 from perflow_diffusers.weights.published import Published, published
+from perflow_diffusers.weights.where import Where
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from perflow_diffusers.weights.where import HubOptions
 
 _MAX_CARD_BYTES = 1 << 20
 _UNET = re.compile(r"unet/[^/]+\.safetensors")
@@ -97,34 +104,36 @@ class ArtifactInfo:
         return "\n".join(lines)
 
 
-def describe(source: Any, *, revision: str | None = None, token: str | bool | None = None) -> ArtifactInfo:
+def describe(source: Any, **where: "Unpack[HubOptions]") -> ArtifactInfo:
     """Settings, sizes, base, licence and recommended use of a folder, a file, a short name or a Hub id.
 
-    Of a repository only its settings, card, and the first bytes of its weights are downloaded. Raises
-    `ArtifactError` or `WeightSourceError` (both ValueErrors).
+    `where`: the options of `open_weights`. Of a repository only its settings, card, and the first bytes of its
+    weights are downloaded. Raises `ArtifactError` or `WeightSourceError` (both ValueErrors).
     """
+    place = options(where)
     text = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
     entry = published(text)
     if Path(text).expanduser().exists() or (entry is None and (text in SHORT_NAMES or text.count("/") != 1)):
-        return _local(source)
+        return _local(source, place)
     name = entry.repo_id if entry is not None else text
     try:
-        repository = list_repository(name, revision, token)
+        repository = list_repository(name, place)
     except Unreachable as error:
         if entry is None:
-            return replace(_local(cached_folder(name, revision, error)), name=name)
+            folder = cached_folder(name, place, error)
+            return replace(_local(folder, replace(place, subfolder=None)), name=f"{name}/{place.prefix}".rstrip("/"))
         return _of_table(entry, {})
     if entry is not None:
         return _of_table(entry, repository.sizes)
-    return _remote(repository, token)
+    return _remote(repository)
 
 
-def _local(source: Any) -> ArtifactInfo:
+def _local(source: Any, where: Where) -> ArtifactInfo:
     if isinstance(source, str | os.PathLike):
-        folder = Path(source).expanduser()
+        folder = Path(source).expanduser() / where.prefix
         if (folder / INDEX).is_file() and not (folder / SETTINGS).is_file():
-            return _local_pipeline(folder)
-    found = find(source, "all")
+            return _local_pipeline(folder, where.variant)
+    found = find(source, "all", where)
     artifact = PeRFlowArtifact.of(found) if "prediction_type" in found.fields else None
     sizes: dict[str, int] = {}
     weights: dict[str, WeightsInfo] = {}
@@ -139,10 +148,10 @@ def _local(source: Any) -> ArtifactInfo:
     return ArtifactInfo(str(source), artifact, sizes, artifact.licence if artifact else None, weights=weights)
 
 
-def _local_pipeline(folder: Path) -> ArtifactInfo:
+def _local_pipeline(folder: Path, variant: str | None) -> ArtifactInfo:
     settings = {name: folder / name for name in (PIPELINE_SETTINGS, SCHEDULER) if (folder / name).is_file()}
     sizes = {f"unet/{path.name}": path.stat().st_size for path in sorted((folder / "unet").glob("*.safetensors"))}
-    found = _of_pipeline(str(folder), settings, sizes, {"unet": describe_weights(folder)})
+    found = _of_pipeline(str(folder), settings, sizes, {"unet": describe_weights(folder, variant=variant)})
     card = folder / CARD
     return replace(found, licence=found.licence or (_licence_in(card) if card.is_file() else None))
 
@@ -178,39 +187,35 @@ def _of_table(entry: Published, sizes: Mapping[str, int]) -> ArtifactInfo:
     return ArtifactInfo(entry.repo_id, PeRFlowArtifact.from_header(entry.metadata), weights, entry.licence, note)
 
 
-def _remote(repository: Repository, token: str | bool | None) -> ArtifactInfo:
-    paths, pinned = fetch_documents(repository, token)
+def _remote(repository: Repository) -> ArtifactInfo:
+    paths, pinned = fetch_documents(repository)
+    variant = repository.where.variant
+    weights = [name for name in repository.sizes if name.endswith(".safetensors")]
+    if variant is not None and not any(f".{variant}." in name for name in weights):
+        raise ArtifactError(
+            f"'{repository.name}' has no weights of variant '{variant}'; it offers {', '.join(sorted(weights)[:8])}."
+        )
+    sizes = {name: repository.sizes[name] for name in weights if variant is None or f".{variant}." in name}
     if INDEX in repository.sizes and SETTINGS not in repository.sizes:
         if PIPELINE_SETTINGS in repository.sizes:
-            paths = {PIPELINE_SETTINGS: download(pinned, PIPELINE_SETTINGS, token), **paths}
-        unet = {name: size for name, size in repository.sizes.items() if _UNET.fullmatch(name)}
-        found = _of_pipeline(repository.repo_id, paths, unet, {})
-        return replace(found, licence=found.licence or _card_licence(pinned, token))
+            paths = {PIPELINE_SETTINGS: download(pinned, PIPELINE_SETTINGS), **paths}
+        unet = {name: size for name, size in sizes.items() if _UNET.fullmatch(name)}
+        found = _of_pipeline(repository.name, paths, unet, {})
+        return replace(found, licence=found.licence or _card_licence(pinned))
     said = documents_of(paths)
-    sizes = {name: size for name, size in repository.sizes.items() if name.endswith(".safetensors")}
     if "prediction_type" not in said:
         for name in WEIGHTS.values():
             if name in sizes:
-                said = {**from_metadata(_remote_header(pinned, name, token), name), **said}
-    artifact = PeRFlowArtifact.of(Found(repository.repo_id, said)) if "prediction_type" in said else None
-    licence = (artifact.licence if artifact is not None else None) or _card_licence(pinned, token)
-    return ArtifactInfo(repository.repo_id, artifact, sizes, licence)
+                said = {**from_metadata(header(pinned, name), name), **said}
+    artifact = PeRFlowArtifact.of(Found(repository.name, said)) if "prediction_type" in said else None
+    licence = (artifact.licence if artifact is not None else None) or _card_licence(pinned)
+    return ArtifactInfo(repository.name, artifact, sizes, licence)
 
 
-def _remote_header(repository: Repository, name: str, token: str | bool | None) -> dict[str, str]:
-    """The metadata of a safetensors file on the Hub; reads its header only."""
-    api = hub.HfApi(token=token)
-    try:
-        header = api.parse_safetensors_file_metadata(repository.repo_id, name, revision=repository.revision)
-    except Exception as error:
-        raise explained(error, repository.repo_id, repository.revision) from error
-    return {str(key): str(value) for key, value in (header.metadata or {}).items()}
-
-
-def _card_licence(repository: Repository, token: str | bool | None) -> str | None:
+def _card_licence(repository: Repository) -> str | None:
     if not 0 < repository.sizes.get(CARD, 0) <= _MAX_CARD_BYTES:
         return None
-    return _licence_in(download(repository, CARD, token))
+    return _licence_in(download(repository, CARD))
 
 
 def _licence_in(card: Path) -> str | None:
@@ -221,14 +226,11 @@ def _licence_in(card: Path) -> str | None:
 
 
 def pull(
-    repo_id: str,
-    folder: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    overwrite: bool = False,
+    repo_id: str, folder: str | os.PathLike, *, overwrite: bool = False, **where: "Unpack[HubOptions]"
 ) -> PeRFlowArtifact:
     """Copy an artefact from the Hub into a local folder: settings, weights, card and pictures, nothing else.
+
+    `where`: the options of `open_weights`, but for `variant`.
 
     Returns the artefact in the folder. Raises `ArtifactError` if the repository is none, if a file is there already
     (`overwrite=True` replaces it), or if the download fails; a file appears only when it is complete.
@@ -240,9 +242,14 @@ def pull(
             f"it, run `hf download {entry.repo_id} --local-dir {folder}`."
         )
     target = Path(folder).expanduser()
-    paths, repository = fetch_documents(list_repository(repo_id, revision, token), token)
+    place = options(where)
+    if place.variant is not None:
+        raise ArtifactError(f"variant={place.variant!r}: an artefact is copied as it is. Leave `variant` out.")
+    paths, repository = fetch_documents(list_repository(repo_id, place))
     if SETTINGS not in paths:
-        raise ArtifactError(f"'{repo_id}' has no {SETTINGS}: it is no artefact of this package. Use `hf download`.")
+        raise ArtifactError(
+            f"'{repository.name}' has no {SETTINGS}: it is no artefact of this package. Use `hf download`."
+        )
     named = documents_of(paths).get("weights", {})
     pictures = [name for name in repository.sizes if name.startswith("images/")]
     names = [SETTINGS, SCHEDULER, CARD, *named.values()]
@@ -251,7 +258,7 @@ def pull(
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         check_free(inside(target, name), overwrite)
-    files = {name: download(repository, name, token) for name in names}
+    files = {name: download(repository, name) for name in names}
     for name, path in files.items():
         copy_file(path, target, name, overwrite=overwrite)
     return replace(PeRFlowArtifact.from_folder(target), name=repo_id)

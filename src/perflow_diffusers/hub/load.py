@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
@@ -12,6 +12,7 @@ from perflow_diffusers.hub.adapters import activate, attach, check_adapter, chec
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.family import check_family, warn_of_scheduler
+from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.network import live_shapes, live_weights, shape_misfit
 from perflow_diffusers.hub.recognise import published_pipeline, settings_of
 from perflow_diffusers.hub.state import Companion, Loaded, companion, keep, loaded, was_taken_out
@@ -23,6 +24,11 @@ from perflow_diffusers.weights.merge import Backup, rescale_merge, undo_merge
 from perflow_diffusers.weights.plan import find_unet
 from perflow_diffusers.weights.published import published
 from perflow_diffusers.weights.stack import is_lost, scale_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from perflow_diffusers.weights.where import HubOptions
 
 logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so that its verbosity applies
 
@@ -38,11 +44,7 @@ def load_perflow(
     strict: bool = True,
     *,
     backup: Backup = "cpu",
-    revision: str | None = None,
-    variant: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
+    **where: "Unpack[HubOptions]",
 ) -> PeRFlowArtifact:
     """Make a pipeline a few-step one: its weights, its scheduler, and what to sample with, all from the artefact.
 
@@ -50,8 +52,8 @@ def load_perflow(
     into the UNet (see `merge_delta`, also for `backup`), "lora" attached as the adapter "perflow" beside other LoRAs
     (merged, too, where it cannot be: a pipeline without LoRAs, more input channels, other LoRAs fused or switched
     off), "auto" the delta if there is one. `scale`: strength of the weights. The scheduler is made from the
-    pipeline's own and the artefact's settings. `revision`, `variant`, `subfolder`, `token`, `local_files_only`: as in
-    diffusers.
+    pipeline's own and the artefact's settings. `where`: `revision`, `variant`, `subfolder`, `token`,
+    `local_files_only`, `cache_dir`, `force_download`, as in diffusers.
 
     Returns the artefact: sample with its `steps` and `guidance_scale`. The choice is logged at info level
     (`diffusers.logging.set_verbosity_info()`).
@@ -71,8 +73,6 @@ def load_perflow(
         artifact = settings_of(pipe)
         _set_scheduler(pipe, artifact, pipe.scheduler)
         return artifact
-    where: dict[str, Any] = {"revision": revision, "variant": variant, "subfolder": subfolder}
-    where.update(token=token, local_files_only=local_files_only)
     if weights not in FORMS:
         raise ArtifactError(f"weights={weights!r} is unknown. Pass one of {', '.join(FORMS)}.")
     given = isinstance(source, PeRFlowArtifact)
@@ -183,18 +183,20 @@ def set_perflow_scale(pipe: Any, scale: float) -> None:
     keep(unet, replace(state, scale=value))
 
 
-def set_scheduler(pipe: Any, source: Any = None, **where: Any) -> PeRFlowScheduler:
+def set_scheduler(pipe: Any, source: Any = None, **where: "Unpack[HubOptions]") -> PeRFlowScheduler:
     """Give a pipeline that has PeRFlow in its weights the right scheduler; returns it.
 
     Published pipelines are recognised by their name (a Hub id, or a local folder of that name), exported ones by the
-    file that `export_pipeline` wrote. `source`: an artefact whose settings to take instead (folder, file, Hub id;
-    `where` as in `load_perflow`). `unload_perflow(pipe)` puts the former scheduler back. Raises `ArtifactError` for a
-    pipeline that is not recognised.
+    file that `export_pipeline` wrote. `source`: an artefact whose settings to take instead (folder, file, Hub id).
+    `where`: as in `load_perflow`, of `source`, or else of the repository that the pipeline came from.
+    `unload_perflow(pipe)` puts the former scheduler back. Raises `ArtifactError` for a pipeline that is not
+    recognised.
     """
     state, mine = loaded(pipe), companion(pipe)
     if state is not None:
         raise ArtifactError(f"{state.artifact.name} is loaded, with its scheduler. Call `unload_perflow(pipe)` first.")
-    artifact = settings_of(pipe) if source is None else PeRFlowArtifact.from_pretrained(source, "none", **where)
+    given = source is not None
+    artifact = PeRFlowArtifact.from_pretrained(source, "none", **where) if given else settings_of(pipe, options(where))
     return _set_scheduler(pipe, artifact, pipe.scheduler if mine is None else mine.former)
 
 

@@ -11,7 +11,7 @@ from perflow_diffusers.hub.bundle import MODULE
 from perflow_diffusers.hub.card import saved_card
 from perflow_diffusers.hub.documents import read_json
 from perflow_diffusers.hub.errors import PushError
-from perflow_diffusers.hub.fetch import check_token
+from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.find import CARD, SETTINGS, from_folder
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -45,7 +45,7 @@ def push_perflow(
     Raises `PushError` (a ValueError) for a folder that is not publishable, a missing licence, or if the Hub refuses.
     The token goes to huggingface_hub only.
     """
-    check_token(token)
+    options({"token": token})
     path = Path(folder).expanduser()
     files = files_to_push(path)
     api = hub.HfApi(token=token, library_name="perflow-diffusers")

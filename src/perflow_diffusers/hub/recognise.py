@@ -9,22 +9,23 @@ from perflow_diffusers.flow import PREDICTION_TYPES
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.documents import read_json
 from perflow_diffusers.hub.errors import ArtifactError
-from perflow_diffusers.hub.fetch import Unreachable, download, list_repository
+from perflow_diffusers.hub.fetch import Unreachable, cached_folder, download, list_repository
 from perflow_diffusers.hub.find import Found
 from perflow_diffusers.hub.settings import from_scheduler
 from perflow_diffusers.weights.published import Published, published
+from perflow_diffusers.weights.where import Where
 
 #: Beside `model_index.json` of an exported pipeline: our scheduler's configuration.
 PIPELINE_SETTINGS = "perflow_scheduler_config.json"
 _SNAPSHOT = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]")
 
 
-def recognised(pipe: Any) -> PeRFlowArtifact | None:
+def recognised(pipe: Any, where: Where | None = None) -> PeRFlowArtifact | None:
     """The settings of a pipeline whose weights are PeRFlow's own: exported, published, or said by its configuration.
 
-    Asks the Hub only for an exported pipeline that came from there. None for any other pipeline.
+    Asks the Hub only for an exported pipeline that came from there, at `where`. None for any other pipeline.
     """
-    said = _exported(str(getattr(pipe, "name_or_path", None) or ""))
+    said = _exported(str(getattr(pipe, "name_or_path", None) or ""), where or Where())
     if said is not None:
         return said
     entry = published_pipeline(pipe)
@@ -54,7 +55,7 @@ def _of(config: dict[str, Any], where: str) -> PeRFlowArtifact:
     return PeRFlowArtifact.of(Found(where, from_scheduler(config, where)))
 
 
-def _exported(name: str) -> PeRFlowArtifact | None:
+def _exported(name: str, where: Where) -> PeRFlowArtifact | None:
     """What the file beside `model_index.json` says, in a folder or in a repository."""
     folder = Path(name)
     if name and folder.is_dir():
@@ -63,23 +64,23 @@ def _exported(name: str) -> PeRFlowArtifact | None:
     if name.count("/") != 1 or published(name) is not None:
         return None
     try:
-        repository = list_repository(name)
+        repository = list_repository(name, where)
         if PIPELINE_SETTINGS not in repository.sizes:
             return None
         path = download(repository, PIPELINE_SETTINGS)
-    except Unreachable:
-        import huggingface_hub as hub
-
-        cached = hub.try_to_load_from_cache(name, PIPELINE_SETTINGS)
-        if not isinstance(cached, str):
+    except Unreachable as error:
+        try:
+            path = cached_folder(name, where, error) / PIPELINE_SETTINGS
+        except ArtifactError:
             return None
-        path = Path(cached)
+        if not path.is_file():
+            return None
     return _of(read_json(path), f"{PIPELINE_SETTINGS} of {name}")
 
 
-def settings_of(pipe: Any) -> PeRFlowArtifact:
+def settings_of(pipe: Any, where: Where | None = None) -> PeRFlowArtifact:
     """The same, or an `ArtifactError` that says what to do."""
-    found = recognised(pipe)
+    found = recognised(pipe, where)
     if found is None:
         name = getattr(pipe, "name_or_path", None)
         raise ArtifactError(

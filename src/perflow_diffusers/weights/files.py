@@ -11,8 +11,8 @@ import torch
 
 from perflow_diffusers.weights.delta import named_weights
 from perflow_diffusers.weights.plan import ConvIn, MergePlan, check_addable, checked_scale, plan_weights
-from perflow_diffusers.weights.source import WeightSource
 from perflow_diffusers.weights.stack import write_weight
+from perflow_diffusers.weights.unet_config import config_beside
 from perflow_diffusers.weights.writer import (
     INDEX_NAME,
     Spec,
@@ -60,7 +60,8 @@ def merge_files(
 
     `base` is any complete UNet that `open_weights` takes, original-format files included, `delta` anything that
     `merge_delta` takes. `out` is a `.safetensors` file, or a folder that `UNet2DConditionModel.from_pretrained` loads
-    (then `base` must have a config beside its weights). Memory: a few tensors. `dry_run` checks and writes nothing.
+    (then `base` must have its UNet's config beside its weights). Memory: a few tensors. `dry_run` checks and writes
+    nothing.
 
     Raises `MergeError`, `WeightSourceError` or `WeightWriteError` (all ValueErrors), before anything is written.
     """
@@ -70,7 +71,7 @@ def merge_files(
     check_addable(weights)
     plan = plan_weights(weights, delta, scale=scale, conv_in=conv_in)
     target = Path(out)
-    config = None if target.suffix == ".safetensors" else _config(model, base)
+    config = None if target.suffix == ".safetensors" else config_beside(model, weights)
     file = target if config is None else target / WEIGHTS_NAME
     specs: dict[str, Spec] = {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()}
     nbytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
@@ -103,18 +104,3 @@ def _merged(
         yield name, weight
         if progress is not None:
             progress(done, len(weights))
-
-
-def _config(model: WeightSource, base: Any) -> dict[str, Any]:
-    """The config of the UNet whose weights these are: beside them, or in the repository that they came from."""
-    beside = [file.parent / "config.json" for file in model.files]
-    if beside and beside[0].is_file():
-        return json.loads(beside[0].read_text(encoding="utf-8"))
-    if isinstance(base, str) and model.files and not Path(base).exists():
-        from diffusers import UNet2DConditionModel  # takes seconds to import, and is needed here only
-
-        return UNet2DConditionModel.load_config(base, subfolder=model.files[0].parent.name)
-    raise ValueError(
-        f"{model.name} has no config.json beside its weights, which a folder needs. Write a .safetensors file "
-        "instead, or pass the folder of the model as the base."
-    )

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,11 @@ from perflow_diffusers.weights.lora_kin import kin_shape, split_kin
 from perflow_diffusers.weights.lora_layers import lora_layers, named_tensors
 from perflow_diffusers.weights.lora_names import KIN_ROLES
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from perflow_diffusers.weights.where import HubOptions
 
 #: header keys that say how a delta is to be used
 SETTINGS = (
@@ -70,7 +75,7 @@ class WeightsInfo:
         return "\n".join([self.name, *(f"  {key:{width}}  {value}" for key, value in rows)])
 
 
-def describe_weights(source: Any, **where: Any) -> WeightsInfo:
+def describe_weights(source: Any, **where: "Unpack[HubOptions]") -> WeightsInfo:
     """Say what `source` (anything that `open_weights` takes, with its options) is; reads headers only.
 
     Raises `WeightSourceError` for what cannot be found or read.
@@ -123,5 +128,5 @@ def _value(text: str) -> Any:
     """A header's value as it was before it became text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -1,6 +1,5 @@
 """From what a user names (path, folder, short name, Hub id) to safetensors files on this machine."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +9,9 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from perflow_diffusers.weights.errors import WeightSourceError
+from perflow_diffusers.weights.json_object import read_object
 from perflow_diffusers.weights.published import PUBLISHED
+from perflow_diffusers.weights.where import Where
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -28,6 +29,11 @@ class HubSpec:
     variant: str | None = None
     subfolder: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def under(self, where: Where) -> Where:
+        """The options of a user, with what this place says where they say nothing."""
+        said = {key: getattr(where, key) or getattr(self, key) for key in ("revision", "variant", "subfolder")}
+        return replace(where, **said)
 
 
 @dataclass(frozen=True)
@@ -70,62 +76,50 @@ def is_local(name: str | os.PathLike) -> bool:
     return Path(text).suffix in (".safetensors", *PICKLES) or not _HUB_ID.fullmatch(text)
 
 
-def locate(
-    name: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> Located:
+def locate(name: str | os.PathLike, where: Where | None = None) -> Located:
     """Find the safetensors files of a local file or folder, a short name, or a Hub id, in this order.
 
     Raises `WeightSourceError` if there is nothing, nothing safe to read, or more than one answer.
     """
+    where = where or Where()
     text = os.fspath(name)
     path = Path(text).expanduser()
     if path.exists():
-        return _local(path, subfolder, variant)
+        return _local(path, where)
     if text in SHORT_NAMES:
         place = SHORT_NAMES[text]
         if not isinstance(place, HubSpec):
-            return _short_local(text, place(), subfolder, variant)
-        place = replace(
-            place,
-            revision=revision or place.revision,
-            variant=variant or place.variant,
-            subfolder=subfolder or place.subfolder,
-        )
-        return _from_hub(place, token, local_files_only)
+            return _short_local(text, place(), where)
+        located = _from_hub(place.repo_id, place.under(where))
+        return replace(located, metadata={**place.metadata, **located.metadata})
     if is_local(text):
         raise WeightSourceError(
             f"No file, folder or known weights are called '{text}' (working folder: {Path.cwd()}). Pass a state dict, "
             "a .safetensors file, a folder, a Hub id ('owner/name') or a short name: "
             f"{', '.join(sorted(SHORT_NAMES))}."
         )
-    return _from_hub(HubSpec(text, revision, variant, subfolder), token, local_files_only)
+    return _from_hub(text, where)
 
 
-def _short_local(name: str, path: Path, subfolder: str | None, variant: str | None) -> Located:
+def _short_local(name: str, path: Path, where: Where) -> Located:
     if not path.exists():
         raise WeightSourceError(
             f"'{name}' should come with the package, but {path} is missing. Reinstall perflow-diffusers."
         )
-    return replace(_local(path, subfolder, variant), name=name)
+    return replace(_local(path, where), name=name)
 
 
-def _local(path: Path, subfolder: str | None, variant: str | None) -> Located:
+def _local(path: Path, where: Where) -> Located:
     if path.is_file():
         if path.suffix in PICKLES:
             raise WeightSourceError(pickle_refused(str(path)))
         return Located(str(path), (path,))
-    folder = path / subfolder if subfolder else path
+    folder = path / where.prefix
     if not folder.is_dir():
-        raise WeightSourceError(f"{path} has no subfolder '{subfolder}'. It holds: {_listing(path)}.")
+        raise WeightSourceError(f"{path} has no subfolder '{where.subfolder}'. It holds: {_listing(path)}.")
     names = [entry.name for entry in folder.iterdir() if entry.is_file()]
     names += [f"{entry.parent.name}/{entry.name}" for entry in folder.glob("*/*") if entry.is_file()]
-    return _gather(names, lambda file: folder / file, str(folder), variant)
+    return _gather(names, lambda file: folder / file, str(folder), where.variant)
 
 
 def _listing(folder: Path) -> str:
@@ -151,21 +145,30 @@ def _gather(names: Iterable[str], fetch: Callable[[str], Path], where: str, vari
         for name in _companions(chosen, names):
             fetch(name)
         return Located(where, (fetch(chosen),))
+    for name in _companions(chosen, names):
+        fetch(name)
     index = fetch(chosen)
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = dict(content["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightSourceError(f"{index} is not a sharded-weights index ({error}). Download it again.") from error
-    shards = sorted(set(map(str, weight_map.values())))
+    content = read_object(index, "a sharded-weights index")
+    weight_map, said = content.get("weight_map"), content.get("metadata")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise WeightSourceError(
+            f"{index} is not a sharded-weights index (`weight_map` should give a file for every tensor). Download it "
+            "again."
+        )
+    shards = sorted(set(weight_map.values()))
     folder = PurePosixPath(chosen).parent
     paths = {shard: str(folder / shard) for shard in shards}
     bad = [shard for shard, path in paths.items() if "/" in shard or "\\" in shard or path not in names]
     if bad:
-        raise WeightSourceError(f"{index} names shards that are not beside it: {', '.join(bad)}. Download them again.")
+        raise WeightSourceError(
+            f"{index} names shards that are not beside it: {', '.join(bad)[:300]}. Download them again."
+        )
+    if not shards:
+        raise WeightSourceError(f"{index} names no tensor at all. Download it again.")
     files = {shard: fetch(path) for shard, path in paths.items()}
-    metadata = {str(key): str(value) for key, value in (content.get("metadata") or {}).items() if key != "total_size"}
-    key_files = {key: files[str(shard)] for key, shard in weight_map.items()}
+    said = said if isinstance(said, dict) else {}
+    metadata = {str(key): str(value) for key, value in said.items() if key != "total_size"}
+    key_files = {key: files[shard] for key, shard in weight_map.items()}
     return Located(where, tuple(files.values()), metadata, key_files)
 
 
@@ -203,10 +206,10 @@ def _weight_files(names: list[str]) -> list[str]:
 
 
 def _companions(chosen: str, names: list[str]) -> list[str]:
-    """Files that are read beside a weight file: a LoRA's residual, PEFT's config."""
+    """Files that are read beside a weight file: a LoRA's residual, PEFT's config, a model's."""
     residual = chosen.removesuffix(".safetensors") + RESIDUAL_SUFFIX
-    config = str(PurePosixPath(chosen).with_name("adapter_config.json"))
-    return [name for name in (residual, config) if name in names]
+    configs = [str(PurePosixPath(chosen).with_name(name)) for name in ("adapter_config.json", "config.json")]
+    return [name for name in (residual, *configs) if name in names]
 
 
 def _nothing_found(names: list[str], where: str) -> str:
@@ -222,43 +225,20 @@ def _nothing_found(names: list[str], where: str) -> str:
     )
 
 
-def _from_hub(spec: HubSpec, token: str | bool | None, local_files_only: bool) -> Located:
+def _from_hub(repo_id: str, where: Where) -> Located:
     """Download (or find in the cache) only the files that are needed of a Hub repository."""
-    import huggingface_hub as hub
-
-    folder = f"{spec.subfolder.strip('/')}/" if spec.subfolder else ""
-    where = f"{spec.repo_id}/{folder}".rstrip("/")
-    try:
-        if local_files_only:
-            raise ConnectionError("local_files_only=True")
-        listing = hub.HfApi(token=token).list_repo_files(spec.repo_id, revision=spec.revision)
-    except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError) as error:
-        raise WeightSourceError(
-            f"The Hub has no '{spec.repo_id}' (revision {spec.revision or 'main'}) for you. Check the spelling; "
-            "private and gated repositories need `token=` or `hf auth login`."
-        ) from error
-    except Exception as error:
-        located = _from_cache(spec, where, error)
-    else:
-
-        def fetch(name: str) -> Path:
-            path = hub.hf_hub_download(spec.repo_id, folder + name, revision=spec.revision, token=token)
-            return Path(path)
-
-        names = [name.removeprefix(folder) for name in listing if name.startswith(folder)]
-        located = _gather(names, fetch, where, spec.variant)
-    return replace(located, metadata={**spec.metadata, **located.metadata})
-
-
-def _from_cache(spec: HubSpec, where: str, reason: Exception) -> Located:
-    """The files of a repository that was downloaded before; `reason` is why it cannot be listed now."""
-    import huggingface_hub as hub
+    from perflow_diffusers.weights.repository import Unreachable, cached_folder, download, list_repository
 
     try:
-        folder = hub.snapshot_download(spec.repo_id, revision=spec.revision, local_files_only=True)
-        return replace(_local(Path(folder), spec.subfolder, spec.variant), name=where)
-    except (OSError, ValueError) as error:
-        raise WeightSourceError(
-            f"'{where}' is not on this machine as a file, a folder or in the Hub cache ({error}), and the Hub was not "
-            f"asked or not reached ({reason}). Connect once to download it, or pass a local path."
-        ) from reason
+        repository = list_repository(repo_id, where)
+    except Unreachable as error:
+        located = _local(cached_folder(repo_id, where, error), replace(where, subfolder=None))
+        return replace(located, name=f"{repo_id}/{where.prefix}".rstrip("/"))
+
+    def fetch(name: str) -> Path:
+        nonlocal repository
+        path = download(repository, name)
+        repository = repository.pinned(path, name)
+        return path
+
+    return _gather(list(repository.sizes), fetch, repository.name, where.variant)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,10 @@ from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.live import check_runs_on_its_weights, live_weights, unwrapped
 from perflow_diffusers.weights.locate import SHORT_NAMES, HubSpec, Located, locate, pickle_refused
+from perflow_diffusers.weights.where import HubOptions, Where
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["SHORT_NAMES", "HubSpec", "WeightSource", "dtype_name", "open_weights"]
 
@@ -31,9 +35,14 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.complex64: "C64",
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_MAX_HEADER = 100_000_000  # bytes, as the format says
 _ORDERED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that have an `aminmax`
 
 
@@ -117,38 +126,25 @@ def _unpickled(kind: type[WeightSource], values: dict[str, Any]) -> WeightSource
     return kind(**held)
 
 
-def open_weights(
-    anything: Any,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> WeightSource:
+def open_weights(anything: Any, **where: "Unpack[HubOptions]") -> WeightSource:
     """Open weights of any origin without reading their tensors.
 
     `anything` is a state dict, a `.safetensors` file, the folder of a diffusers model (sharded too) or of a pipeline
-    (its `unet/`), a short name (a key of `SHORT_NAMES`), a Hub id, a model, or a pipeline. A local path wins over a
-    short name, a short name over the Hub. `revision`, `variant`, `subfolder`, `token` and `local_files_only` mean
-    what they mean in diffusers; state dicts and models ignore them. A model is read as it runs: adapters that are
-    fused into its weights count, disabled ones do not.
+    (its `unet/`), a short name (a key of `SHORT_NAMES`), a Hub id, a model, a pipeline, or what was opened before. A
+    local path wins over a short name, a short name over the Hub. `where`: `revision`, `variant`, `subfolder`,
+    `token`, `local_files_only`, `cache_dir` and `force_download`, which mean what they mean in diffusers; state dicts
+    and models ignore them. A model is read as it runs: adapters that are fused into its weights count, disabled ones
+    do not. Functions that take weights without these options take the opened source:
+    `compute_delta(open_weights("owner/name", revision="v2"), tuned)`.
 
     Raises `WeightSourceError` (a ValueError) for what cannot be found, is damaged, or is a pickle, and for a model
     with adapters that act without being fused.
     """
     if isinstance(anything, WeightSource):
         return anything
+    options = Where(**where)
     if isinstance(anything, str | os.PathLike):
-        located = locate(
-            anything,
-            revision=revision,
-            variant=variant,
-            subfolder=subfolder,
-            token=token,
-            local_files_only=local_files_only,
-        )
-        return _from_files(located)
+        return _from_files(locate(anything, options))
     if isinstance(anything, Mapping):
         return _from_tensors(anything, "a state dict")
     module = anything if isinstance(anything, torch.nn.Module) else getattr(anything, "unet", None)
@@ -259,8 +255,8 @@ class _File:
         if self._handle is None:
             try:
                 self._handle = safe_open(self._path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise _damaged(self._path, str(error)) from error
+            except (SafetensorError, OSError, ValueError) as error:
+                raise _unreadable(self._path, error) from error
         return self._handle
 
     def __call__(self, name: str) -> torch.Tensor:
@@ -274,45 +270,51 @@ class _File:
 
 
 def _from_file(path: Path) -> WeightSource:
-    """One safetensors file, memory-mapped; the header is checked against the file's size before anything is read."""
-    header = _header(path)
+    """One safetensors file, memory-mapped; the safetensors library checks the header and the file's size."""
     reader = _File(path)
-    reader.open()
-    metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-    unknown = sorted({str(entry["dtype"]) for entry in header.values()} - set(_DTYPES))
+    handle = reader.open()
+    slices = {name: handle.get_slice(name) for name in getattr(handle, "offset_keys", handle.keys)()}
+    metadata = handle.metadata() or {}
+    types = {name: str(part.get_dtype()) for name, part in slices.items()}
+    unknown = sorted(set(types.values()) - set(_DTYPES))
     if unknown:
         raise WeightSourceError(f"{path} holds tensors of type {', '.join(unknown)}, which this version cannot read.")
 
     return WeightSource(
         str(path),
-        MappingProxyType({name: tuple(entry["shape"]) for name, entry in header.items()}),
-        MappingProxyType({name: _DTYPES[entry["dtype"]] for name, entry in header.items()}),
+        MappingProxyType({name: tuple(part.get_shape()) for name, part in slices.items()}),
+        MappingProxyType({name: _DTYPES[kind] for name, kind in types.items()}),
         reader,
         MappingProxyType(metadata),
         (path,),
     )
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, or an error that says what the file is instead."""
+def _unreadable(path: Path, error: Exception) -> WeightSourceError:
+    """What a file is instead of an intact safetensors file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
-            text = file.read(length) if 0 < length <= size - 8 else b""
-    except OSError as error:
-        raise WeightSourceError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
+            text = file.read(length) if 0 < length <= min(size - 8, _MAX_HEADER) else b""
+    except OSError as problem:
+        return WeightSourceError(f"{path} cannot be read ({problem.strerror}). Check its permissions.")
     try:
         header = json.loads(text)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise _no_header(path, start) from error
-    expected = 8 + length + max(ends, default=0)
+        expected = (
+            8
+            + length
+            + max(
+                (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0
+            )
+        )
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return _no_header(path, start)
     if expected != size:
         what = "truncated" if expected > size else "longer than its header says"
-        raise _damaged(path, f"it is {what}: {size:,} bytes instead of {expected:,}")
-    return header
+        return _damaged(path, f"it is {what}: {size:,} bytes instead of {expected:,}")
+    return _damaged(path, str(error))
 
 
 def _no_header(path: Path, start: bytes) -> WeightSourceError:
