@@ -91,7 +91,6 @@ def test_rows_of_conditions_can_be_picked_joined_and_dropped(tiny_sdxl):
     assert cond.time_ids[1].tolist() == [64, 32, 0, 4, 16, 16]
     again = Conditions.cat([cond[1:], cond[torch.tensor([0])]])[torch.tensor([1, 0])]
     assert all(torch.equal(part, cond.tensors()[name]) for name, part in again.tensors().items())
-    assert torch.equal(cond.repeat(2).pooled, torch.cat([cond.pooled] * 2))
 
 
 def test_paths_of_stock_schedulers():

@@ -1,7 +1,10 @@
 """The window buffer: how seldom it solves, how much it keeps, and that processes share its draws."""
 
+import math
+
 import pytest
 import torch
+from live_tensors import live_bytes
 
 from perflow_training.buffer import SolvedWindows, WindowBuffer
 from perflow_training.conditions import Conditions
@@ -89,3 +92,64 @@ def test_state_restores_the_draws_to_come():
         assert numbers(a) == numbers(b)
         assert torch.equal(a.cond.embeds, b.cond.embeds)
         assert torch.equal(a.z_end, b.z_end)
+
+
+def solved_by(number, trajectories=4, windows=3):
+    """A solve as a teacher gives it: latents and conditions that no other solve has."""
+    random = torch.Generator().manual_seed(number)
+    z_start, z_end = torch.randn(2, trajectories * windows, 2, 8, 8, generator=random)
+    start = torch.arange(windows, 0, -1).repeat_interleave(trajectories)
+    cond = Conditions(*(torch.randn(trajectories, *shape, generator=random) for shape in ((7, 5), (3,), (6,))))
+    return SolvedWindows(z_start, z_end, start, start - 1, cond)
+
+
+def test_a_batch_is_the_rows_of_all_windows_laid_end_to_end():
+    """The drawing spelt out: every window with a copy of its conditions, all solves joined, one row a sample."""
+    draws, count, trajectories = Draws(3), 6, 4
+    buffer = WindowBuffer(solved_by, size=36, reuse=2, draws=draws, trajectories=trajectories)
+    lanes = math.gcd(count, trajectories)
+    for step in range(12):
+        batch = buffer.batch(count, step)
+        last = buffer.number - 1
+        solves = [solved_by(number) for number in range(max(0, last - 2), last + 1)]
+        z_start, z_end, start, end = (
+            torch.cat([getattr(solve, name) for solve in solves]) for name in ("z_start", "z_end", "start", "end")
+        )
+        lane_of = [row % trajectories * lanes // trajectories for row in range(len(start))]
+        rows = [[row for row, lane in enumerate(lane_of) if lane == mine] for mine in range(lanes)]
+        uniform = draws.uniform("window", step, count)
+        drawn = [rows[i * lanes // count] for i in range(count)]
+        drawn = [mine[int(u * len(mine))] for mine, u in zip(drawn, uniform, strict=True)]
+        assert torch.equal(batch.z_start, z_start[drawn]) and torch.equal(batch.z_end, z_end[drawn])
+        assert torch.equal(batch.start, start[drawn]) and torch.equal(batch.end, end[drawn])
+        for name, part in batch.cond.tensors().items():
+            whole = torch.cat([solve.cond.tensors()[name].repeat(3, *[1] * (part.ndim - 1)) for solve in solves])
+            assert torch.equal(part, whole[drawn]), name
+
+
+def test_every_window_is_held_once_and_its_conditions_once_a_trajectory():
+    before = live_bytes()
+    buffer = WindowBuffer(solved_by, size=36, reuse=2, draws=Draws(3), trajectories=4)
+    for step in range(12):
+        buffer.batch(6, step)
+    latents, conditions = 36 * 2 * 2 * 64 * 4, 12 * (7 * 5 + 3 + 6) * 4
+    numbers = 36 * 8 * 8  # path indices (twice: of a solve and of its shelf) and places
+    assert latents + conditions <= live_bytes() - before <= latents + conditions + numbers
+
+
+def test_pictures_and_trajectories_share_a_shelf():
+    """Solves of one window a sample among solves of three; the conditions of each row are its own."""
+
+    def solve(number):
+        whole = solved_by(number)
+        rows = torch.arange(4, 8)
+        return whole[rows] if number % 2 else whole
+
+    buffer = WindowBuffer(solve, size=40, reuse=1, draws=Draws(4), trajectories=4)
+    for step in range(10):
+        batch = buffer.batch(8, step)
+        for z, embeds in zip(batch.z_start, batch.cond.embeds, strict=True):
+            origin = [(n, i) for n in range(buffer.number) for i, other in enumerate(solved_by(n).z_start)
+                      if torch.equal(other, z)]  # fmt: skip
+            ((number, row),) = origin
+            assert torch.equal(embeds, solved_by(number).cond.embeds[row % 4])

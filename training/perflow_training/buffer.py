@@ -13,7 +13,10 @@ from .draws import Draws
 
 @dataclass(frozen=True, eq=False)
 class SolvedWindows:
-    """`z_start`, `z_end` (B, C, H, W); `start`, `end` (B,) path indices, on the CPU; `cond` of B rows."""
+    """`z_start`, `z_end` (B, C, H, W); `start`, `end` (B,) path indices, on the CPU; `cond` of T rows.
+
+    T divides B: row i has the conditions i mod T, for the windows of T trajectories stand one after the other.
+    """
 
     z_start: Tensor
     z_end: Tensor
@@ -25,23 +28,52 @@ class SolvedWindows:
         return len(self.start)
 
     def __getitem__(self, index: Tensor) -> "SolvedWindows":
+        """The rows at an index tensor, each with conditions of its own."""
         place = index.to(self.z_start.device)
-        return SolvedWindows(
-            self.z_start[place], self.z_end[place], self.start[index], self.end[index], self.cond[place]
-        )
-
-    @staticmethod
-    def cat(parts: list["SolvedWindows"]) -> "SolvedWindows":
-        joined = (torch.cat([getattr(p, name) for p in parts]) for name in ("z_start", "z_end", "start", "end"))
-        return SolvedWindows(*joined, Conditions.cat([part.cond for part in parts]))
+        cond = self.cond[place % len(self.cond)]
+        return SolvedWindows(self.z_start[place], self.z_end[place], self.start[index], self.end[index], cond)
 
 
 @dataclass(frozen=True, eq=False)
 class _Shelf:
-    """The windows of one picture size; `lanes` (number of lanes, windows a lane): rows of `windows`."""
+    """The solves of one picture size; `lanes` (number of lanes, windows a lane): rows of them, end to end.
 
-    windows: SolvedWindows
+    They are never joined, which would hold every window twice. `start`, `end`: of all rows; `solve`, `row`, `cond`:
+    each row's solve, and its place in that and in its conditions.
+    """
+
+    solves: list[SolvedWindows]
     lanes: Tensor
+    start: Tensor
+    end: Tensor
+    solve: Tensor
+    row: Tensor
+    cond: Tensor
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __getitem__(self, index: Tensor) -> SolvedWindows:
+        """The windows at rows `index`."""
+        device = self.solves[0].z_start.device
+        solve = self.solve[index]
+        order = solve.argsort(stable=True)
+        counts = solve.bincount(minlength=len(self.solves)).tolist()
+        rows, conditions = (part[index[order]].to(device).split(counts) for part in (self.row, self.cond))
+        back = order.argsort().to(device)
+
+        def gathered(tensors: list[Tensor], places: tuple[Tensor, ...]) -> Tensor:
+            found = [tensor.index_select(0, at) for tensor, at in zip(tensors, places, strict=True) if len(at)]
+            return torch.cat(found).index_select(0, back)
+
+        held = [one.cond.tensors() for one in self.solves]
+        return SolvedWindows(
+            gathered([one.z_start for one in self.solves], rows),
+            gathered([one.z_end for one in self.solves], rows),
+            self.start[index],
+            self.end[index],
+            Conditions(**{name: gathered([one[name] for one in held], conditions) for name in held[0]}),
+        )
 
 
 class WindowBuffer:
@@ -81,7 +113,7 @@ class WindowBuffer:
         shelf = self._shelf(step)
         lane = torch.arange(count) * lanes // count
         place = (self.draws.uniform("window", step, count) * shelf.lanes.shape[1]).long()
-        return shelf.windows[shelf.lanes[lane, place]]
+        return shelf[shelf.lanes[lane, place]]
 
     def add(self, fresh: SolvedWindows) -> None:
         """Puts a solve in and the oldest ones out."""
@@ -100,7 +132,7 @@ class WindowBuffer:
             return self.shelves[0]
         rest = self.draws.shared("size", step) * len(self)
         for shelf in self.shelves:
-            rest -= len(shelf.windows)
+            rest -= len(shelf)
             if rest < 0:
                 return shelf
         return self.shelves[-1]
@@ -111,10 +143,20 @@ class WindowBuffer:
             sizes.setdefault(tuple(solve.z_start.shape[1:]), []).append(solve)
         self.shelves = []
         for solves in sizes.values():
-            windows = solves[0] if len(solves) == 1 else SolvedWindows.cat(solves)
+            lengths = torch.tensor([len(solve) for solve in solves])
+            row = torch.cat([torch.arange(len(solve)) for solve in solves])
             # rows are window after window; a trajectory's number decides its lane
-            lane = torch.arange(len(windows)) % self.trajectories * self.lanes // self.trajectories
-            self.shelves.append(_Shelf(windows, lane.argsort(stable=True).reshape(self.lanes, -1)))
+            lane = torch.arange(len(row)) % self.trajectories * self.lanes // self.trajectories
+            shelf = _Shelf(
+                solves,
+                lane.argsort(stable=True).reshape(self.lanes, -1),
+                torch.cat([solve.start for solve in solves]),
+                torch.cat([solve.end for solve in solves]),
+                torch.arange(len(solves)).repeat_interleave(lengths),
+                row,
+                row % torch.tensor([len(solve.cond) for solve in solves]).repeat_interleave(lengths),
+            )
+            self.shelves.append(shelf)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, JSON) of all that the next batches depend on."""
@@ -133,11 +175,10 @@ class WindowBuffer:
         for i in range(counts["solves"]):
             parts = {name.removeprefix(f"{i}."): value for name, value in tensors.items() if name.startswith(f"{i}.")}
             cond = {name[5:]: parts.pop(name).to(device) for name in list(parts) if name.startswith("cond.")}
-            times = len(parts["start"]) // self.trajectories
             self.solves.append(
                 SolvedWindows(
                     parts["z_start"].to(device), parts["z_end"].to(device), parts["start"], parts["end"],
-                    Conditions(**cond).repeat(times),
+                    Conditions(**cond),
                 )
             )  # fmt: skip
         self.credit, self.solved, self.number = counts["credit"], counts["solved"], counts["number"]

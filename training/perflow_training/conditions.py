@@ -28,10 +28,6 @@ class Conditions:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditions:
         return self._map(lambda part: part.to(device=device, dtype=dtype))
 
-    def repeat(self, times: int) -> Conditions:
-        """All rows `times` times, one copy after the other."""
-        return self._map(lambda part: part.repeat(times, *(1,) * (part.ndim - 1)))
-
     def without_prompt(self, uncond: Conditions) -> Conditions:
         """As many rows of the empty prompt `uncond` (1 row), each with the sizes of its own picture."""
         count = len(self)

@@ -53,12 +53,12 @@ def solve_trajectories(
 ) -> SolvedWindows:
     """Every window of the teacher's own trajectories from `noise` (B, C, H, W): each end is the next start."""
     predict = teacher.guided(uncond, cond, guidance)
-    z, solved = noise, []
+    states = [noise]
     for start, end in pairwise(windows.boundaries):
-        z_end = _solve(predict, teacher, config, z, start, end)
-        solved.append(SolvedWindows(z, z_end, _full(z, start), _full(z, end), cond))
-        z = z_end
-    return SolvedWindows.cat(solved)
+        states.append(_solve(predict, teacher, config, states[-1], start, end))
+    bounds = torch.tensor(windows.boundaries)
+    start, end = (part.repeat_interleave(len(noise)) for part in (bounds[:-1], bounds[1:]))
+    return SolvedWindows(torch.cat(states[:-1]), torch.cat(states[1:]), start, end, cond)
 
 
 @torch.no_grad()
@@ -89,10 +89,6 @@ def _solve(predict, teacher: Backbone, config: TrainingConfig, z: Tensor, start,
         predict, teacher.path, z, start, end, config.solver_steps,
         method=config.solver, prediction=teacher.prediction, spacing=config.solver_spacing,
     )  # fmt: skip
-
-
-def _full(z: Tensor, value: int) -> Tensor:
-    return torch.full((len(z),), value, dtype=torch.int64)
 
 
 def draw_timesteps(

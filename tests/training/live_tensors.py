@@ -1,0 +1,21 @@
+"""How many bytes of tensors this process holds."""
+
+import gc
+import warnings
+
+import torch
+
+
+def live_bytes() -> int:
+    """Of all storages that any live tensor has, each counted once."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # looking at every object wakes the deprecated ones
+        tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    return storage_bytes(tensors)
+
+
+def storage_bytes(tensors) -> int:
+    """Of the storages of `tensors`, each counted once."""
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors if not one.is_meta}
+    return sum(storages.values())
