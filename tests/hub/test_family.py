@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
     UNet2DConditionModel,
@@ -176,3 +180,28 @@ def test_the_table_knows_the_noise_of_every_family():
         said = PeRFlowArtifact.from_header(entry.metadata)
         assert {key: said.noise[key] for key in NOISE} == NOISE and said.noise["num_train_timesteps"] == 1000
         assert said.base_prediction_type == {"SD 2.x": "v_prediction"}.get(entry.family, "epsilon")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler,
+        FlowMatchHeunDiscreteScheduler,
+        EDMEulerScheduler,
+        CMStochasticIterativeScheduler,
+    ],
+)
+@pytest.mark.parametrize("given", ["pipeline", "folder"])
+def test_a_base_that_is_no_diffusion_by_betas_is_refused_before_anything_is_written(
+    scheduler, given, accelerators, tmp_path
+):
+    base = make_pipe("sd", scheduler=scheduler())
+    if given == "folder":
+        base.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="discrete betas"):
+        PeRFlowArtifact.from_header(accelerators["sd"].delta).save(
+            tmp_path / "a", base=tmp_path / "base" if given == "folder" else base
+        )
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match="discrete betas"):
+        load_perflow(base, accelerators["sd"].delta)
