@@ -201,6 +201,28 @@ def test_a_scheduler_copied_for_another_thread_draws_the_same_and_accuses_nobody
     unload_perflow(twin)
 
 
+def test_a_pipeline_that_copies_what_is_in_its_scheduler_is_watched_and_unloaded_as_before(accelerators, base, bits):
+    pipe = make_pipe("sd")
+    former = pipe.scheduler
+    load_perflow(pipe, accelerators["sd"].folder)
+    for _ in range(3):  # as StableDiffusionPanoramaPipeline does for every view
+        pipe.scheduler.__dict__.update(copy.deepcopy(pipe.scheduler.__dict__))
+    unmerge_delta(pipe)
+    with pytest.warns(UserWarning, match="taken out by `unmerge_delta`"):
+        draw(pipe)
+    unload_perflow(pipe)
+    assert is_base(pipe, base, bits) and pipe.scheduler.config == former.config
+
+
+def test_copies_do_not_share_the_scheduler_that_they_get_back(accelerators):
+    pipe = make_pipe("sd")
+    load_perflow(pipe, accelerators["sd"].folder)
+    twin = copy.deepcopy(pipe)
+    for one in (twin, pipe):
+        unload_perflow(one)
+    assert pipe.scheduler is not twin.scheduler and pipe.scheduler.config == twin.scheduler.config
+
+
 def test_a_handle_and_its_unet_are_copied_together(accelerators, base, bits):
     pipe = make_pipe("sd")
     handle = merge_delta(pipe, accelerators["sd"].delta)

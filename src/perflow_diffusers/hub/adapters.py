@@ -164,7 +164,7 @@ def faulty_adapter(unet: torch.nn.Module, scale: float, rest: Sequence[float]) -
         return f"its LoRA is not active: another one was loaded or chosen after it. {right}"
     if scale == 0:
         return "its strength is 0. `set_perflow_scale(pipe, 1.0)` switches it on."
-    strengths = [*(_strength(layer) for layer in loose), *rest]
+    strengths = [*(_strength(layer, scale) for layer in loose), *rest]
     others = [value for value in strengths if not math.isclose(value, scale, rel_tol=1e-4)]
     if others:
         return (
@@ -174,11 +174,14 @@ def faulty_adapter(unet: torch.nn.Module, scale: float, rest: Sequence[float]) -
     return None
 
 
-def _strength(layer: Any) -> float:
-    """What the adapter counts for in a layer, as a multiple of its own alpha / rank."""
+def _strength(layer: Any, expected: float) -> float:
+    """What the adapter counts for in a layer, as a multiple of its own alpha / rank; `expected` if nobody can tell."""
     rank = layer.r[ADAPTER]
     own = layer.lora_alpha[ADAPTER] / (math.sqrt(rank) if layer.use_rslora.get(ADAPTER, False) else rank)
-    return layer.scaling[ADAPTER] / own if own else 0.0
+    scaling = layer.scaling[ADAPTER]
+    if isinstance(scaling, torch.Tensor):  # prepared for hotswapping; reading it would wait for the device
+        return expected
+    return scaling / own if own else 0.0
 
 
 def other_adapters(pipe: Any) -> list[str]:

@@ -132,18 +132,20 @@ def unload_perflow(pipe: Any, *, force: bool = False) -> None:
     weights since (`force=True` overwrites it), or if they were pickled. Then nothing is changed.
     """
     state, mine = loaded(pipe), companion(pipe)
-    unet = find_unet(pipe)
     if state is None and mine is None:
         raise ArtifactError("Nothing is loaded into this pipeline by `load_perflow`. Was it loaded into another one?")
-    if state is None and mine is not None and mine.weights and not was_taken_out(unet) and not force:
+    if state is None and mine is not None and mine.weights and not force and not was_taken_out(find_unet(pipe)):
         raise ArtifactError(
             f"{mine.artifact.name} is no longer in this pipeline: its UNet is another one than that which it was "
             "loaded into. Nothing was changed. Pass force=True to put the former scheduler back all the same."
         )
     if state is not None:
-        _take_out(pipe, unet, state, force)
-        keep(unet, None)
-    pipe.scheduler = (mine or state).former  # type: ignore[union-attr]
+        _take_out(pipe, find_unet(pipe), state, force)
+        keep(find_unet(pipe), None)
+    if mine is not None:
+        pipe.scheduler = mine.restored()
+    elif state is not None:
+        pipe.scheduler = state.former
 
 
 def _take_out(pipe: Any, unet: torch.nn.Module, state: Loaded, force: bool) -> None:
@@ -170,10 +172,10 @@ def set_perflow_scale(pipe: Any, scale: float) -> None:
     Raises `ArtifactError` if nothing is loaded, for a scale that is no finite number, and if its LoRA was removed or
     LoRAs are fused; `MergeError` as `unload_perflow` does. Then nothing is changed.
     """
-    unet, state = find_unet(pipe), loaded(pipe)
+    state = loaded(pipe)
     if state is None:
         raise ArtifactError("Nothing is loaded into this pipeline by `load_perflow`, so there is no strength to set.")
-    value = _strength(scale)
+    unet, value = find_unet(pipe), _strength(scale)
     if state.form == "lora":
         check_adapter(unet)
     for number in state.merges:
@@ -197,7 +199,7 @@ def set_scheduler(pipe: Any, source: Any = None, **where: "Unpack[HubOptions]") 
         raise ArtifactError(f"{state.artifact.name} is loaded, with its scheduler. Call `unload_perflow(pipe)` first.")
     given = source is not None
     artifact = PeRFlowArtifact.from_pretrained(source, "none", **where) if given else settings_of(pipe, options(where))
-    return _set_scheduler(pipe, artifact, pipe.scheduler if mine is None else mine.former)
+    return _set_scheduler(pipe, artifact, pipe.scheduler if mine is None else mine.restored())
 
 
 def _set_scheduler(pipe: Any, artifact: PeRFlowArtifact, former: Any) -> PeRFlowScheduler:

@@ -43,15 +43,16 @@ class Companion:
     """What PeRFlow's scheduler knows of its pipeline: the former scheduler, and where the weights should be.
 
     The scheduler calls it at the start of every run: the first run without the weights is warned of. It reads no
-    tensor. `weights`: whether `load_perflow` put them in, rather than that they came with the pipeline. A deep copy
-    of the pipeline watches the copy; a copy or a pickle of the scheduler alone watches nothing.
+    tensor. `weights`: whether `load_perflow` put them in, rather than that they came with the pipeline. In a deep copy
+    of the pipeline it watches the copy; copied with the scheduler alone, or pickled, it watches no other pipeline.
     """
 
-    def __init__(self, artifact: "PeRFlowArtifact", former: Any, pipe: Any = None, *, weights: bool) -> None:
+    def __init__(self, artifact: "PeRFlowArtifact", former: Any, pipe: Any, *, weights: bool) -> None:
         self.artifact, self.former, self.weights = artifact, former, weights
         self._said: str | None = None
+        self._copied = False
         self._pipe = _reference(pipe)
-        self._unet = _nothing if pipe is None else _reference(find_unet(pipe))
+        self._unet = _reference(find_unet(pipe)) if weights else _nothing
 
     def __call__(self) -> None:
         """Warn if the weights are not at work, once for each reason."""
@@ -71,11 +72,18 @@ class Companion:
                 return None
         return self._unet()
 
+    def restored(self) -> Any:
+        """The former scheduler; one of their own for copies, whose runs must not meet in one."""
+        return copy.deepcopy(self.former) if self._copied else self.former
+
     def __deepcopy__(self, memo: dict) -> "Companion":
-        twin = Companion(self.artifact, copy.deepcopy(self.former, memo), weights=self.weights)
-        memo[id(self)] = twin
-        twin._said = self._said
-        twin._pipe = _reference(memo.get(id(self._pipe())))  # it has no parts yet: the UNet is looked up when needed
+        # Quick, and bound to the same pipeline if that is not copied: some pipelines copy what is in their scheduler
+        # for every part of a picture, and put it back.
+        twin = object.__new__(Companion)
+        vars(twin).update(vars(self), _unet=_nothing, _copied=True)
+        pipe = memo.get(id(self._pipe()))
+        if pipe is not None:
+            twin._pipe = _reference(pipe)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,8 +102,11 @@ def _reference(thing: Any) -> Any:
 
 
 def loaded(pipe_or_unet: Any) -> Loaded | None:
-    """What `load_perflow` put into a UNet, or into that of a pipeline."""
-    return vars(find_unet(pipe_or_unet)).get(_ON_UNET)
+    """What `load_perflow` put into a UNet, or into that of a pipeline; None also where there is none."""
+    try:
+        return vars(find_unet(pipe_or_unet)).get(_ON_UNET)
+    except MergeError:
+        return None
 
 
 def keep(unet: torch.nn.Module, state: Loaded | None) -> None:
