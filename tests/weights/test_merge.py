@@ -17,6 +17,7 @@ from perflow_diffusers.weights import (
     plan_merge,
     set_delta_scale,
     stack,
+    sums,
     unmerge_delta,
 )
 
@@ -363,7 +364,7 @@ def test_slices_and_whole_tensors_round_alike(make_delta, monkeypatch):
     delta = (torch.randn(64, 33, 3, 3) * 0.01).half()
     results = []
     for chunk in (1, 1000, 1 << 20):
-        monkeypatch.setattr(stack, "_CHUNK", chunk)
+        monkeypatch.setattr(sums, "_CHUNK", chunk)
         weight = base.clone()
         stack.write_weight(weight, None, [(0.7, delta, None), (0.3, delta, None)])
         results.append(weight)

@@ -87,7 +87,10 @@ def merge(
     out: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder that UNet2DConditionModel loads.")],
     base_where: dict[str, Any],
     delta_where: dict[str, Any],
-    scale: Annotated[float, typer.Option(help="Strength; 1 is the full delta.")] = 1.0,
+    scale: Annotated[
+        str,
+        typer.Option(help="Strength; 1 is the full delta. By block: 'down=0.8,mid=1', 'up_blocks.1=0.5', or JSON."),
+    ] = "1",
     conv_in: Annotated[
         Literal["pad", "skip"], typer.Option(help="A wider conv_in (inpainting): pad or skip it.")
     ] = "pad",
@@ -105,8 +108,11 @@ def merge(
         perflow merge owner/sd15 owner/turbo merged --base-variant fp16 --delta-revision v2
 
         perflow merge unet.safetensors style-lora.safetensors merged.safetensors --scale 0.8
+
+        perflow merge unet.safetensors style-lora.safetensors merged.safetensors --scale down=0.5,mid=1,IN00=0
     """
     from perflow_diffusers.weights import merge_files, open_weights
+    from perflow_diffusers.weights.scales import parse_scale
 
     with failing("merge"), progress_bar("merge") as progress:
         check_out(out, force)
@@ -114,7 +120,7 @@ def merge(
             open_weights(base, **base_where),
             open_weights(delta, **delta_where),
             out,
-            scale=scale,
+            scale=parse_scale(scale),
             conv_in=conv_in,
             overwrite=force,
             dry_run=dry_run,

@@ -139,7 +139,7 @@ def faulty(unet: torch.nn.Module) -> str | None:
     if None in scales:
         return f"they were taken out by `unmerge_delta`. {_RELOAD}"
     if state.form == "lora":
-        return faulty_adapter(unet, state.scale, [scale for scale in scales if scale is not None])
+        return faulty_adapter(unet, state.scale, [scale for scale in scales if isinstance(scale, int | float)])
     if 0 in scales:
         return "their strength is 0. `set_perflow_scale(pipe, 1.0)` switches them on."
     return None

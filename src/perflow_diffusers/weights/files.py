@@ -3,15 +3,16 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from perflow_diffusers.weights.delta import named_weights
-from perflow_diffusers.weights.plan import ConvIn, MergePlan, check_addable, checked_scale, plan_weights
-from perflow_diffusers.weights.stack import write_weight
+from perflow_diffusers.weights.plan import ConvIn, check_addable, plan_weights
+from perflow_diffusers.weights.scales import Scale, Strength, strength_of
+from perflow_diffusers.weights.sums import Kept, Layer, check_sums, sample, terms_of, write_weight
 from perflow_diffusers.weights.unet_config import config_beside
 from perflow_diffusers.weights.writer import (
     INDEX_NAME,
@@ -28,20 +29,25 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class FileMergeReport:
-    """What a merge to a file did, or would do; `changed`, `untouched` count weights, `nbytes` is their size."""
+    """What a merge to a file did, or would do; `changed`, `untouched` count weights, `nbytes` is their size.
+
+    `kept` is the share of scale x delta that the weights' dtype kept, as in `MergeReport`; None of a dry run.
+    """
 
     base: str
     delta: str
-    scale: float
+    scale: Scale
     changed: int
     untouched: int
     nbytes: int
     out: str
+    kept: float | None = None
 
     def __str__(self) -> str:
+        kept = "" if self.kept is None or self.kept > 0.99 else f" ({100 * self.kept:.0f} % kept by their dtype)"
         return (
-            f"{self.base} + {self.scale:g} x {self.delta}: {self.changed} weights changed, {self.untouched} as they "
-            f"were, {self.nbytes / 1e6:.1f} MB: {self.out}"
+            f"{self.base} + {Strength(self.scale)} x {self.delta}: {self.changed} weights changed{kept}, "
+            f"{self.untouched} as they were, {self.nbytes / 1e6:.1f} MB: {self.out}"
         )
 
 
@@ -50,7 +56,7 @@ def merge_files(
     delta: Any,
     out: str | os.PathLike,
     *,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     conv_in: ConvIn = "pad",
     overwrite: bool = False,
     dry_run: bool = False,
@@ -58,25 +64,28 @@ def merge_files(
 ) -> FileMergeReport:
     """Write base + scale * delta, each weight rounded once to the dtype that it has in `base`.
 
-    `base` is any complete UNet that `open_weights` takes, original-format files included, `delta` anything that
-    `merge_delta` takes. `out` is a `.safetensors` file, or a folder that `UNet2DConditionModel.from_pretrained` loads
-    (then `base` must have its UNet's config beside its weights). Memory: a few tensors. `dry_run` checks and writes
-    nothing.
+    `base` is any complete UNet that `open_weights` takes, original-format files included; `delta` and `scale` are
+    what `merge_delta` takes. `out` is a `.safetensors` file, or a folder that `UNet2DConditionModel.from_pretrained`
+    loads (then `base` must have its UNet's config beside its weights). Memory: a few tensors. `dry_run` checks and
+    writes nothing.
 
-    Raises `MergeError`, `WeightSourceError` or `WeightWriteError` (all ValueErrors), before anything is written.
+    Raises `MergeError`, `WeightSourceError` or `WeightWriteError` (all ValueErrors), before anything is written; also
+    for a sum that overflows. Warns if the weights' dtype keeps less than half of the change.
     """
-    scale = checked_scale(scale)
     model, names = named_weights(base)
     weights = {name: model[key].detach() for name, key in names.items()}
     check_addable(weights)
-    plan = plan_weights(weights, delta, scale=scale, conv_in=conv_in)
+    strength = strength_of(scale, weights)
+    plan = plan_weights(weights, delta, conv_in=conv_in)
+    layer = Layer(0, plan, strength)
+    check_sums([layer], {}, weights, plan.edit_of)
     target = Path(out)
     config = None if target.suffix == ".safetensors" else config_beside(model, weights)
     file = target if config is None else target / WEIGHTS_NAME
     specs: dict[str, Spec] = {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()}
     nbytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
     report = FileMergeReport(
-        model.name, plan.source.name, scale, len(plan.edits), len(plan.untouched), nbytes, str(target)
+        model.name, plan.source.name, strength.given, len(plan.edits), len(plan.untouched), nbytes, str(target)
     )
     if dry_run:
         return report
@@ -85,21 +94,25 @@ def merge_files(
         for other in (target / INDEX_NAME, target / "config.json"):
             check_target(other, 0, overwrite=overwrite)
     check_target(file, nbytes, overwrite=overwrite)
-    write_safetensors(file, specs, _merged(weights, plan, scale, progress), {"format": "pt"}, overwrite=overwrite)
+    kept = Kept()
+    tensors = _merged(weights, layer, kept, progress)
+    write_safetensors(file, specs, tensors, {"format": "pt"}, overwrite=overwrite)
     if config is not None:
         write_text(target / "config.json", json.dumps(config, indent=2) + "\n", overwrite=True)
         drop_shards(target)  # diffusers would go on loading the shards of an old model beside the new file
-    return report
+    kept.warn(f"{plan.source.name} x {strength}", {weights[edit.name].dtype for edit in plan.edits}, stacklevel=2)
+    return replace(report, kept=kept.share)
 
 
 def _merged(
-    weights: dict[str, torch.Tensor], plan: MergePlan, scale: float, progress: Callable[[int, int], None] | None
+    weights: dict[str, torch.Tensor], layer: Layer, kept: Kept, progress: Callable[[int, int], None] | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for done, (name, weight) in enumerate(weights.items(), start=1):
-        edit = plan.edit_of.get(name)
-        if edit is not None:
+        if name in layer.plan.edit_of:
             merged = torch.empty_like(weight)
-            write_weight(merged, weight, [(scale, plan.source.near(edit.key, weight.device, weight), edit.channels)])
+            terms = list(terms_of([layer], name, weight, weight.device))
+            write_weight(merged, weight, terms)
+            kept.add(merged, sample(weight), terms)
             weight = merged
         yield name, weight
         if progress is not None:

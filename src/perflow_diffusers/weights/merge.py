@@ -16,15 +16,14 @@ from perflow_diffusers.weights.plan import (
     ConvIn,
     Edit,
     MergePlan,
-    check_range,
-    checked_scale,
     find_unet,
     plan_merge,
+    plan_weights,
     usable_weights,
 )
+from perflow_diffusers.weights.scales import Scale, Strength, strength_of
 from perflow_diffusers.weights.stack import (
     Backup,
-    Layer,
     MergeStack,
     add_permanently,
     check_unchanged,
@@ -33,6 +32,7 @@ from perflow_diffusers.weights.stack import (
     stack_of,
     write_layers,
 )
+from perflow_diffusers.weights.sums import Kept, Layer, check_sums
 
 __all__ = [
     "Edit",
@@ -49,10 +49,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did: counts of weights, names of special ones, bytes of the backup, seconds it took."""
+    """What a merge did: counts of weights, names of special ones, bytes of the backup, seconds it took.
+
+    `kept` is the share of the change that is in the weights after they were rounded to their dtype, 0 to 1:
+    1 - |kept - wanted|^2 / |wanted|^2 with wanted = the sum of scale x delta over all merges on the UNet, and kept =
+    what the weights changed by, estimated from 64 places of each changed weight.
+    """
 
     source: str
-    scale: float
+    scale: Scale
     changed: int
     untouched: tuple[str, ...]
     padded: tuple[str, ...]
@@ -60,9 +65,10 @@ class MergeReport:
     backup: str
     backup_bytes: int
     seconds: float
+    kept: float = 1.0
 
     def __str__(self) -> str:
-        text = f"merged {self.source} x {self.scale:g} into {self.changed} weights in {self.seconds:.2f} s"
+        text = f"merged {self.source} x {Strength(self.scale)} into {self.changed} weights in {self.seconds:.2f} s"
         for names, what in (
             (self.padded, "on the first input channels of {}"),
             (self.skipped, "{} skipped"),
@@ -71,6 +77,8 @@ class MergeReport:
             if names:
                 shown = ", ".join(names) if what != "{} other weights untouched" else str(len(names))
                 text += "; " + what.format(shown)
+        if self.kept < 0.99:
+            text += f"; {100 * self.kept:.0f} % of it kept by the weights' dtype"
         kept = {"none": "no backup, cannot be undone"}.get(self.backup, f"backup on {self.backup}")
         return f"{text}; {kept}" + (f" ({self.backup_bytes / 2**20:.0f} MiB)" if self.backup_bytes else "")
 
@@ -102,18 +110,18 @@ class MergeHandle:
         return unet is not None and any(layer.number == self.number for layer in stack_of(unet).layers)
 
     @property
-    def scale(self) -> float:
-        """The present scale; 0 after `undo`."""
+    def scale(self) -> Scale:
+        """The present scale, as it was given; 0 after `undo`."""
         unet = self._unet()
         layers = stack_of(unet).layers if unet is not None else []
         default = self.report.scale if self.number is None else 0.0
-        return next((layer.scale for layer in layers if layer.number == self.number), default)
+        return next((layer.strength.given for layer in layers if layer.number == self.number), default)
 
     def undo(self, *, force: bool = False) -> None:
         """Take this merge out; the last one on the UNet must go first. Errors as in `unmerge_delta`."""
         undo_merge(self._live_unet(), self.number, self.plan.source.name, force=force)
 
-    def set_scale(self, scale: float) -> None:
+    def set_scale(self, scale: Scale) -> None:
         """Change the strength, computed from the base bits: no drift. Errors as in `set_delta_scale`."""
         rescale_merge(self._live_unet(), self.number, self.plan.source.name, scale)
 
@@ -187,27 +195,31 @@ _LOST = (
 
 
 def merge_delta(
-    pipe_or_unet: Any, source: Any, scale: float = 1.0, *, conv_in: ConvIn = "pad", backup: Backup = "cpu"
+    pipe_or_unet: Any, source: Any, scale: Scale = 1.0, *, conv_in: ConvIn = "pad", backup: Backup = "cpu"
 ) -> MergeHandle:
     """Add a delta to the weights of a UNet, in place, on whatever device they are.
 
     `source` is a state dict, a file, a folder, a short name or a Hub id (see `open_weights`); `scale` any finite
-    number. Merges stack: the weights become round(base + sum_i s_i * delta_i), computed in fp32 and rounded once.
-    Everything is checked before the first weight changes, and an error or an interrupt restores all of them.
+    number, or numbers by block, such as `{"down": 0.8, "mid": 1, "up": {"block_1": 0.5}}` (the choices: see
+    `scales.strength_of`; what is not named keeps 1). Merges stack: the weights become round(base + sum_i s_i *
+    delta_i), computed in fp32 and rounded once. Everything is checked before the first weight changes, and an error or
+    an interrupt restores all of them.
 
     `backup` is where the base weights are kept, so that undoing restores every bit: "cpu" costs as much memory as the
     delta's weights (1.7 GB for SD 1.5 in fp16), "disk" a temporary file of that size (in TMPDIR), "none" nothing, but
     then nothing can be undone, and an interrupt waits until the merge is complete. `conv_in`: see `plan_merge`.
 
-    Raises `MergeError` or `WeightSourceError` (both ValueErrors). Warns if the same delta is merged already.
+    Raises `MergeError` or `WeightSourceError` (both ValueErrors), also for a sum that overflows the weights' dtype.
+    Warns if the same delta is merged already, and if the weights' dtype keeps less than half of the change (the
+    report's `kept`).
     """
     begin = time.perf_counter()
     if backup not in get_args(Backup):
         raise MergeError(f"backup={backup!r} is unknown. Pass 'cpu', 'disk' or 'none'.")
-    scale = checked_scale(scale)
     unet = find_unet(pipe_or_unet)
-    plan = plan_merge(unet, source, scale=scale, conv_in=conv_in)
     weights = usable_weights(unet)
+    strength = strength_of(scale, weights)
+    plan = plan_weights(weights, source, conv_in=conv_in)
     stack = stack_of(unet)
     check_unchanged(stack, weights)
     if any(plan.fingerprint == other.fingerprint for other in _merged_plans(stack)):
@@ -219,14 +231,25 @@ def merge_delta(
         )
     if backup == "none":
         number, nbytes = None, 0
-        _merge_permanently(stack, plan, scale, weights)
+        kept = _merge_permanently(stack, Layer(stack.count, plan, strength), weights)
     else:
-        number, nbytes = _merge_layer(stack, plan, scale, weights, backup)
+        number = stack.count
+        nbytes, kept = _merge_layer(stack, Layer(number, plan, strength), weights, backup)
     padded = tuple(edit.name for edit in plan.edits if edit.channels is not None)
     seconds = time.perf_counter() - begin
     report = MergeReport(
-        plan.source.name, scale, len(plan.edits), plan.untouched, padded, plan.skipped, backup, nbytes, seconds
+        plan.source.name,
+        strength.given,
+        len(plan.edits),
+        plan.untouched,
+        padded,
+        plan.skipped,
+        backup,
+        nbytes,
+        seconds,
+        kept.share,
     )
+    kept.warn(f"{plan.source.name} x {strength}", {weights[edit.name].dtype for edit in plan.edits}, stacklevel=2)
     return MergeHandle(unet, number, plan, report)
 
 
@@ -241,10 +264,11 @@ def unmerge_delta(pipe_or_unet: Any, *, force: bool = False) -> None:
     _undo_last(unet, force)
 
 
-def set_delta_scale(pipe_or_unet: Any, scale: float) -> None:
+def set_delta_scale(pipe_or_unet: Any, scale: Scale) -> None:
     """Change the strength of the last merge (others: `handle.set_scale`), computed from the base bits: no drift.
 
-    Raises `MergeError` as `unmerge_delta` does, and for a scale that is not a finite number.
+    `scale` as in `merge_delta`. Raises `MergeError` as `unmerge_delta` does, for a scale that is no finite number or
+    names no block, and for a sum that overflows. Warns as `merge_delta` does.
     """
     unet = find_unet(pipe_or_unet)
     stack = stack_of(unet)
@@ -270,31 +294,32 @@ def _check_mergeable(stack: MergeStack) -> None:
 
 
 def _merge_layer(
-    stack: MergeStack, plan: MergePlan, scale: float, weights: Mapping[str, torch.Tensor], backup: Backup
-) -> tuple[int, int]:
-    """Back up what is not backed up yet, then write; returns the layer's number and the bytes of its backup."""
-    names = [edit.name for edit in plan.edits]
+    stack: MergeStack, layer: Layer, weights: Mapping[str, torch.Tensor], backup: Backup
+) -> tuple[int, Kept]:
+    """Back up what is not backed up yet, then write; returns the bytes of the backup and what was kept."""
+    names = [edit.name for edit in layer.plan.edits]
     new = {name: weights[name] for name in names if name not in stack.base}
     saved = save_bits(new, backup)
-    layer = Layer(stack.count, plan, scale)
     try:
         stack.count += 1
         stack.base.update(saved.tensors)
         stack.saved.append(saved)
-        write_layers(stack, [*stack.layers, layer], weights, names)
+        kept = write_layers(stack, [*stack.layers, layer], weights, names)
     finally:
         drop_unused(stack)
-    return layer.number, saved.nbytes
+    return saved.nbytes, kept
 
 
-def _merge_permanently(stack: MergeStack, plan: MergePlan, scale: float, weights: Mapping[str, torch.Tensor]) -> None:
+def _merge_permanently(stack: MergeStack, layer: Layer, weights: Mapping[str, torch.Tensor]) -> Kept:
     if stack.layers:
         raise MergeError(
             f"{stack.layers[-1].plan.source.name} is merged below with a backup, which a merge without one would make "
             "useless. Undo it first, or pass backup='cpu' or 'disk'."
         )
-    add_permanently(plan, scale, weights)
-    stack.permanent.append(plan)
+    check_sums([layer], {}, weights, layer.plan.edit_of)
+    kept = add_permanently(layer, weights)
+    stack.permanent.append(layer.plan)
+    return kept
 
 
 def _undo_last(unet: torch.nn.Module, force: bool) -> None:
@@ -309,10 +334,10 @@ def _undo_last(unet: torch.nn.Module, force: bool) -> None:
 
 def _rescale(unet: torch.nn.Module, number: int | None, scale: Any) -> None:
     stack = stack_of(unet)
-    value = checked_scale(scale)
     weights = usable_weights(unet)
+    strength = strength_of(scale, weights)
     check_unchanged(stack, weights)
-    layers = [replace(layer, scale=value) if layer.number == number else layer for layer in stack.layers]
-    changed = next(layer for layer in layers if layer.number == number)
-    check_range(changed.plan, value, weights)
-    write_layers(stack, layers, weights, [edit.name for edit in changed.plan.edits])
+    layers = [replace(layer, strength=strength) if layer.number == number else layer for layer in stack.layers]
+    plan = next(layer.plan for layer in layers if layer.number == number)
+    kept = write_layers(stack, layers, weights, [edit.name for edit in plan.edits])
+    kept.warn(f"{plan.source.name} x {strength}", {weights[edit.name].dtype for edit in plan.edits}, stacklevel=3)

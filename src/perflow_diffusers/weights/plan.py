@@ -1,7 +1,6 @@
 """All that can be wrong with a merge, found before a weight changes: `plan_merge(unet, source) -> MergePlan`."""
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,9 @@ from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import MergeError
 from perflow_diffusers.weights.live import live_weights, replaced_modules, unwrapped
 from perflow_diffusers.weights.lora import as_delta
+from perflow_diffusers.weights.scales import Scale, strength_of
 from perflow_diffusers.weights.source import WeightSource, open_weights
+from perflow_diffusers.weights.sums import Layer, check_sums
 
 ConvIn = Literal["pad", "skip"]
 
@@ -35,15 +36,21 @@ class MergePlan:
 
     `edits` are the weights to change, `untouched` the model's weights that the delta leaves alone (canonical names),
     `skipped` what was left out on request, `largest` the largest absolute value in the delta (of a LoRA or packed
-    delta a bound of it, if that is small), `fingerprint` the same for the same delta wherever it was read from.
+    delta a bound of it, if that is small; infinite if it depends on the base) and `peaks` the same by weight, `fingerprint` the same for the same delta
+    wherever it was read from.
     """
 
     source: WeightSource
     edits: tuple[Edit, ...]
     untouched: tuple[str, ...]
     skipped: tuple[str, ...]
-    largest: float
+    peaks: Mapping[str, float]
     fingerprint: str
+
+    @property
+    def largest(self) -> float:
+        """The largest absolute value of all."""
+        return max(self.peaks.values(), default=0.0)
 
     @cached_property
     def edit_of(self) -> dict[str, Edit]:
@@ -51,40 +58,40 @@ class MergePlan:
         return {edit.name: edit for edit in self.edits}
 
 
-def plan_merge(pipe_or_unet: Any, source: Any, *, scale: float = 1.0, conv_in: ConvIn = "pad") -> MergePlan:
+def plan_merge(pipe_or_unet: Any, source: Any, *, scale: Scale = 1.0, conv_in: ConvIn = "pad") -> MergePlan:
     """Check that a delta fits a UNet and say what merging it would change; changes nothing.
 
     `source` is anything that `open_weights` takes: a delta in any format, or a LoRA, which may cover only some of the
     weights. Reads a delta once, to see that every number is finite; of a LoRA only the factors are read for that, so
     each product is computed once a merge. `conv_in` says what happens to a `conv_in.weight` with more input channels
     than the delta's (inpainting, 8-channel models): "pad" adds the delta to the first ones, which are the noisy
-    latent; "skip" leaves it as it is.
+    latent; "skip" leaves it as it is. `scale`: a number, or numbers by block (see `strength_of`).
 
     Raises `MergeError` (a ValueError) if the model is offloaded, quantised, fused or no UNet; if keys are missing,
-    unknown or misshapen; if the delta is empty, not finite, or complete weights; `WeightSourceError` for a LoRA of a
-    kind that cannot be computed (OFT, ...), or that is damaged. Warns of layers for text encoders.
+    unknown or misshapen; if the delta is empty, not finite, or complete weights; if a sum overflows their dtype;
+    `WeightSourceError` for a LoRA of a kind that cannot be computed (OFT, ...), or that is damaged. Warns of layers
+    for text encoders.
     """
-    return plan_weights(usable_weights(find_unet(pipe_or_unet)), source, scale=scale, conv_in=conv_in)
+    weights = usable_weights(find_unet(pipe_or_unet))
+    strength = strength_of(scale, weights)
+    plan = plan_weights(weights, source, conv_in=conv_in)
+    check_sums([Layer(0, plan, strength)], {}, weights, plan.edit_of)
+    return plan
 
 
-def plan_weights(
-    weights: Mapping[str, torch.Tensor], source: Any, *, scale: float = 1.0, conv_in: ConvIn = "pad"
-) -> MergePlan:
-    """`plan_merge` for weights that are at hand under their canonical names; errors as there."""
+def plan_weights(weights: Mapping[str, torch.Tensor], source: Any, *, conv_in: ConvIn = "pad") -> MergePlan:
+    """`plan_merge` for weights that are at hand under their canonical names; errors as there, but for the sums."""
     if conv_in not in ("pad", "skip"):
         raise MergeError(f"conv_in={conv_in!r} is unknown. Pass 'pad' or 'skip'.")
-    scale = checked_scale(scale)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     delta = as_delta(_checked_source(source), shapes, on_base=True)
     names = _checked_names(delta)
     _refuse_complete_weights(delta, names, weights)
     edits, skipped = _edits(delta, names, weights, conv_in)
-    largest, fingerprint = _scan(delta, edits)
+    peaks, fingerprint = _scan(delta, edits)
     touched = {edit.name for edit in edits}
     untouched = tuple(name for name in weights if name not in touched)
-    plan = MergePlan(delta, edits, untouched, skipped, largest, fingerprint)
-    check_range(plan, scale, weights)
-    return plan
+    return MergePlan(delta, edits, untouched, skipped, peaks, fingerprint)
 
 
 def find_unet(pipe_or_unet: Any) -> torch.nn.Module:
@@ -270,8 +277,8 @@ def _mismatch(
     return " ".join(parts)
 
 
-def _scan(delta: WeightSource, edits: tuple[Edit, ...]) -> tuple[float, str]:
-    """Largest absolute value and a fingerprint of the content; refuses NaN and Inf."""
+def _scan(delta: WeightSource, edits: tuple[Edit, ...]) -> tuple[dict[str, float], str]:
+    """Largest absolute values and a fingerprint of the content; refuses NaN and Inf."""
     extremes = sorted((edit.name, *delta.extremes(edit.key)) for edit in edits)
     peaks = {name: max(abs(low), abs(high)) for name, low, high in extremes}
     bad = [name for name, peak in peaks.items() if not peak < float("inf")]
@@ -280,25 +287,6 @@ def _scan(delta: WeightSource, edits: tuple[Edit, ...]) -> tuple[float, str]:
             f"{delta.name} has NaN or Inf in {len(bad)} tensors: {keys.grouped(bad)}. Nothing was changed. It is "
             "damaged, or overflowed when it was stored in fp16: make or download it again."
         )
-    return max(peaks.values(), default=0.0), hashlib.sha256(repr(extremes).encode()).hexdigest()
-
-
-def checked_scale(scale: Any) -> float:
-    """A strength as a float; raises `MergeError` if it is not a finite number."""
-    try:
-        value = float(scale)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise MergeError(f"scale={scale!r} is not a finite number. Pass 1.0 for the full delta, 0.5 for half of it.")
-    return value
-
-
-def check_range(plan: MergePlan, scale: float, weights: Mapping[str, torch.Tensor]) -> None:
-    """Refuse (with `MergeError`) a scale so large that sums would overflow in the dtype of `weights`."""
-    limit = min((torch.finfo(weights[edit.name].dtype).max for edit in plan.edits), default=float("inf"))
-    if plan.largest * abs(scale) > limit / 2:
-        raise MergeError(
-            f"{plan.source.name} has values up to {plan.largest:.3g}; scaled by {scale:g} they would overflow the "
-            "model's dtype. Use a smaller scale, or load the model in fp32."
-        )
+    on_base = getattr(delta, "on_base", ())  # how large these are is known beside the base only
+    peaks |= {edit.name: float("inf") for edit in edits if edit.key in on_base}
+    return peaks, hashlib.sha256(repr(extremes).encode()).hexdigest()

@@ -16,24 +16,14 @@ import torch
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import MergeError
 from perflow_diffusers.weights.plan import MergePlan
+from perflow_diffusers.weights.scales import Scale
 from perflow_diffusers.weights.source import open_weights
+from perflow_diffusers.weights.sums import Kept, Layer, check_sums, sample, terms_of, write_weight
 from perflow_diffusers.weights.writer import specs_of, write_safetensors
 
 Backup = Literal["cpu", "disk", "none"]
 
 _ATTRIBUTE = "_perflow_merges"
-_CHUNK = 1 << 18  # elements per fp32 temporary on the CPU: stays in its cache
-_CHUNK_DEVICE = 1 << 22
-_SAMPLES = 64
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One merge: a plan and its scale. `number` tells it from others on the same UNet."""
-
-    number: int
-    plan: MergePlan
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -89,9 +79,9 @@ def stack_of(unet: torch.nn.Module) -> MergeStack:
     return unet.__dict__[_ATTRIBUTE]
 
 
-def scale_of(unet: torch.nn.Module, number: int) -> float | None:
+def scale_of(unet: torch.nn.Module, number: int) -> Scale | None:
     """The present scale of one merge of a UNet, or None if it is not there (any more)."""
-    return next((layer.scale for layer in stack_of(unet).layers if layer.number == number), None)
+    return next((layer.strength.given for layer in stack_of(unet).layers if layer.number == number), None)
 
 
 def is_lost(unet: torch.nn.Module, number: int) -> bool:
@@ -131,7 +121,7 @@ def check_unchanged(stack: MergeStack, weights: Mapping[str, torch.Tensor]) -> N
     changed = []
     for name, mark in stack.marks.items():
         weight = weights[name]
-        found, expected = _sample(weight), mark.to(weight.dtype)
+        found, expected = sample(weight), mark.to(weight.dtype)
         if not torch.equal(found.nan_to_num(), expected.nan_to_num()):
             changed.append(name)
     if changed:
@@ -145,20 +135,23 @@ def check_unchanged(stack: MergeStack, weights: Mapping[str, torch.Tensor]) -> N
 
 def write_layers(
     stack: MergeStack, layers: list[Layer], weights: Mapping[str, torch.Tensor], names: list[str]
-) -> None:
+) -> Kept:
     """Make `layers` the stack's: write base + sum over them into the weights `names`, and remember samples.
 
-    All or nothing: an error or an interrupt puts back what the stack said before, and is raised again.
+    All or nothing: sums that overflow are refused first, and an error or an interrupt puts back what the stack said
+    before, and is raised again. Returns what share of the sums over layers the weights kept.
     """
-    marks = {}
+    check_sums(layers, stack.base, weights, names)
+    marks, kept = {}, Kept()
     with _writing(weights), _interrupts_held() as interrupted:
         try:
             for name in names:
                 if interrupted:
                     raise KeyboardInterrupt
-                base, device = stack.base[name], weights[name].device
-                write_weight(weights[name], base, terms_of(layers, name, base, device))
-                marks[name] = _sample(weights[name])
+                weight, base = weights[name], stack.base[name]
+                terms = list(terms_of(layers, name, base, weight.device))
+                write_weight(weight, base, terms)
+                marks[name] = kept.add(weight, sample(base), terms)
         except BaseException:
             for name in names[: len(marks) + 1]:
                 base, device = stack.base[name], weights[name].device
@@ -167,6 +160,7 @@ def write_layers(
         stack.layers = layers
         stack.marks.update(marks)
         drop_unused(stack)
+    return kept
 
 
 def drop_unused(stack: MergeStack) -> None:
@@ -177,69 +171,26 @@ def drop_unused(stack: MergeStack) -> None:
     stack.saved = [saved for saved in stack.saved if not used.isdisjoint(saved.tensors)]
 
 
-def add_permanently(plan: MergePlan, scale: float, weights: Mapping[str, torch.Tensor]) -> None:
+def add_permanently(layer: Layer, weights: Mapping[str, torch.Tensor]) -> Kept:
     """Add a delta without a copy of the base; an interrupt waits until the last weight is written.
 
-    Raises `MergeError` if it fails in the middle: then the model must be loaded again.
+    Returns what share of it the weights kept. Raises `MergeError` if it fails in the middle: then the model must be
+    loaded again.
     """
+    plan, kept = layer.plan, Kept()
     with _writing(weights), _interrupts_held():
         for done, edit in enumerate(plan.edits):
             try:
                 weight = weights[edit.name]
-                write_weight(weight, None, [(scale, plan.source.near(edit.key, weight.device, weight), edit.channels)])
+                before, terms = sample(weight), list(terms_of([layer], edit.name, weight, weight.device))
+                write_weight(weight, None, terms)
+                kept.add(weight, before, terms)
             except Exception as error:
                 raise MergeError(
                     f"Merging failed at weight {done + 1} of {len(plan.edits)} ({edit.name}: {error}), and with "
                     "backup='none' there is no copy to go back to. Load the model again."
                 ) from error
-
-
-Term = tuple[float, torch.Tensor, int | None]
-
-
-def terms_of(layers: list[Layer], name: str, base: torch.Tensor, device: torch.device) -> Iterator[Term]:
-    """(scale, delta, channels) of every layer that changes the weight `name`, with these base bits, oldest first."""
-    for layer in layers:
-        edit = layer.plan.edit_of.get(name)
-        if edit is not None and layer.scale != 0:
-            yield layer.scale, layer.plan.source.near(edit.key, device, base), edit.channels
-
-
-def write_weight(weight: torch.Tensor, base: torch.Tensor | None, terms: Iterator[Term] | list[Term]) -> None:
-    """weight <- round(base + sum s * delta), rounded once; base None means what the weight holds now.
-
-    Arithmetic in fp32 (fp64 for fp64 weights), in slices along the first axis: any memory format, small temporaries.
-    """
-    terms = list(terms)
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    start = weight if base is None else base
-    if not terms:
-        weight.copy_(start)
-        return
-    scale, delta, channels = terms[0]
-    if len(terms) == 1 and scale == 1 and channels is None and delta.dtype == weight.dtype == start.dtype:
-        if start is not weight:
-            weight.copy_(start)
-        weight.add_(delta.to(weight.device))  # the same bits as the general way, at the speed of memory
-        return
-    chunk = _CHUNK if weight.device.type == "cpu" else _CHUNK_DEVICE
-    length = weight.shape[0] if weight.dim() else 1
-    rows = max(1, chunk * length // max(1, weight.numel()))
-    for first in range(0, length, rows):
-        part = slice(first, first + rows) if weight.dim() else ...
-        total = start[part].to(weight.device, exact, copy=True)
-        for scale, delta, channels in terms:
-            target = total if channels is None else total[:, :channels]
-            target.add_(delta[part].to(weight.device, exact), alpha=scale)
-        weight[part].copy_(total)
-
-
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    """A few elements spread over a weight, on the CPU."""
-    index = torch.linspace(
-        0, weight.numel() - 1, min(_SAMPLES, weight.numel()), dtype=torch.float64, device="cpu"
-    ).long()
-    return torch.take(weight.detach(), index.to(weight.device)).cpu()
+    return kept
 
 
 def _writing(weights: Mapping[str, torch.Tensor]) -> AbstractContextManager:

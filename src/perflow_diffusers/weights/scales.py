@@ -1,0 +1,184 @@
+"""How strong a delta is, as one number or one for each block of a UNet: `strength_of(scale, names) -> Strength`."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from perflow_diffusers.weights.errors import MergeError
+
+#: One number, or numbers by block: see `strength_of`.
+Scale = float | Mapping[str, Any]
+
+_SIDES = {"down": "down_blocks", "up": "up_blocks"}
+_KOHYA = re.compile(r"(IN|M|OUT)\d\d")
+
+
+@dataclass(frozen=True)
+class Strength:
+    """`given` is the scale as it was passed; `of(name)` the number that a weight's delta is multiplied by."""
+
+    given: Scale
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, name: str) -> float:
+        """The number for a canonical name: that of the longest beginning of it that is named, else 1."""
+        if not isinstance(self.given, Mapping):
+            return self.given
+        while name:
+            if name in self.parts:
+                return self.parts[name]
+            name = name.rpartition(".")[0]
+        return 1.0
+
+    def __str__(self) -> str:
+        if not isinstance(self.given, Mapping):
+            return f"{self.given:g}"
+        return json.dumps(dict(self.given))
+
+
+def strength_of(scale: Any, names: Iterable[str]) -> Strength:
+    """A scale made out for a model whose weights have these canonical names.
+
+    `scale` is a number, or a mapping of blocks to numbers in the field's ways of naming them: "down", "mid" and "up",
+    each a number, or for the sides, as in diffusers' `set_adapters`, a mapping such as `{"block_0": 0.5, "block_1":
+    [0.4, 0.8]}` with a number a block or a list with one a layer (its last one is that of the sampler behind); "IN00"
+    ... "M00" ... "OUT11" as the web UIs count blocks; or any beginning of a weight's name, such as
+    "up_blocks.1.attentions" or "conv_in". What is named more closely wins; what is not named keeps 1.
+
+    Raises `MergeError` for a name that the model has not, with the choices, and for what is not a finite number.
+    """
+    if not isinstance(scale, Mapping):
+        return Strength(_number(scale, "scale"))
+    tree = _Tree(names)
+    parts: dict[str, float] = {}
+    for key, value in scale.items():
+        for name, number in tree.expand(key, value):
+            if parts.setdefault(name, number) != number:
+                raise MergeError(
+                    f"scale names {name} twice, as {parts[name]:g} and as {number:g} ({key!r}). Keep one."
+                )
+    return Strength(dict(scale), parts)
+
+
+def parse_scale(text: str) -> Scale:
+    """A scale as people type it: `0.8`, `down=0.8,mid=1,up_blocks.1=0.5`, or the JSON of a mapping.
+
+    Raises `MergeError` for anything else.
+    """
+    try:
+        content = json.loads(text) if text.lstrip().startswith("{") else None
+        if isinstance(content, dict):
+            return content
+        if "=" not in text:
+            return float(text)
+        pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+        return {name.strip(): float(number) for name, _, number in pairs}
+    except ValueError as error:
+        raise MergeError(
+            f"scale {text!r} cannot be read ({error}). Pass a number, blocks as in 'down=0.8,mid=1', or JSON."
+        ) from error
+
+
+class _Tree:
+    """The blocks that a model has, by what its weights are called."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.prefixes: set[str] = set()
+        for name in names:
+            parts = name.split(".")
+            self.prefixes.update(".".join(parts[: end + 1]) for end in range(len(parts)))
+
+    def expand(self, key: Any, value: Any) -> list[tuple[str, float]]:
+        """(beginning of names, number) of one entry."""
+        if key in _SIDES and _SIDES[key] in self.prefixes:
+            return self._side(_SIDES[key], key, value)
+        if key == "mid" and "mid_block" in self.prefixes:
+            only = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+            return [("mid_block", _number(only, key))]
+        if isinstance(key, str) and _KOHYA.fullmatch(key) and key in (counted := self.counted()):
+            return [(name, _number(value, key)) for name in counted[key]]
+        if key in self.prefixes:
+            return [(key, _number(value, key))]
+        raise MergeError(f"scale names {key!r}, which this model has not. {self._choices()}")
+
+    def _side(self, side: str, key: str, value: Any) -> list[tuple[str, float]]:
+        if not isinstance(value, Mapping):
+            return [(side, _number(value, key))]
+        found = []
+        for block, number in value.items():
+            name = f"{side}.{str(block).removeprefix('block_')}"
+            if name not in self.prefixes:
+                known = ", ".join(f"block_{number}" for number in range(self._count(side)))
+                raise MergeError(f"scale['{key}'] names {block!r}, which this model has not. It has {known}.")
+            found += (
+                self._layers(name, number) if isinstance(number, list | tuple) else [(name, _number(number, name))]
+            )
+        return found
+
+    def _layers(self, block: str, numbers: Any) -> list[tuple[str, float]]:
+        """One number a layer of a block; a single one is for all."""
+        layers = self.layers(block)
+        if len(numbers) == 1:
+            return [(block, _number(numbers[0], block))]
+        if len(numbers) != len(layers):
+            raise MergeError(f"scale gives {len(numbers)} numbers for {block}, which has {len(layers)} layers.")
+        pairs = zip(layers, numbers, strict=True)
+        return [(block, _number(numbers[-1], block))] + [
+            (name, _number(number, block)) for names, number in pairs for name in names
+        ]
+
+    def layers(self, block: str) -> list[list[str]]:
+        """The modules of each layer of a block: a ResNet, and attention where it has one."""
+        return [
+            [name for name in (f"{block}.{kind}.{place}" for kind in _LAYERS) if name in self.prefixes]
+            for place in range(self._count(f"{block}.resnets"))
+        ]
+
+    def counted(self) -> dict[str, list[str]]:
+        """`{"IN00": ["conv_in"], "IN01": [...], ...}`: the blocks of the original code, as the web UIs count them."""
+        inputs, outputs = [["conv_in"]], []
+        for place in range(self._count("down_blocks")):
+            block = f"down_blocks.{place}"
+            inputs += self.layers(block)
+            inputs += [[f"{block}.downsamplers"]] if f"{block}.downsamplers" in self.prefixes else []
+        for place in range(self._count("up_blocks")):
+            block = f"up_blocks.{place}"
+            layers = self.layers(block)
+            if layers and f"{block}.upsamplers" in self.prefixes:
+                layers[-1].append(f"{block}.upsamplers")
+            outputs += layers
+        found = {f"IN{number:02}": names for number, names in enumerate(inputs)}
+        found |= {"M00": ["mid_block"]} if "mid_block" in self.prefixes else {}
+        return found | {f"OUT{number:02}": names for number, names in enumerate(outputs)}
+
+    def _count(self, parent: str) -> int:
+        number = 0
+        while f"{parent}.{number}" in self.prefixes:
+            number += 1
+        return number
+
+    def _choices(self) -> str:
+        tops = sorted({name.split(".")[0] for name in self.prefixes})
+        counted = list(self.counted())
+        return (
+            f"Pass down, mid, up; {counted[0]} to {counted[-1]}; or the beginning of weights' names: "
+            f"{', '.join(tops)}, or closer, as in 'up_blocks.1' or 'up_blocks.1.attentions.0'."
+        )
+
+
+_LAYERS = ("resnets", "attentions", "motion_modules")
+
+
+def _number(value: Any, what: str) -> float:
+    """A strength as a float; raises `MergeError` if it is not a finite number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        name = "scale" if what == "scale" else f"scale of {what}"
+        raise MergeError(f"{name}={value!r} is not a finite number. Pass 1.0 for the full delta, 0.5 for half of it.")
+    return number
