@@ -36,8 +36,8 @@ class MergePlan:
 
     `edits` are the weights to change, `untouched` the model's weights that the delta leaves alone (canonical names),
     `skipped` what was left out on request, `largest` the largest absolute value in the delta (of a LoRA or packed
-    delta a bound of it, if that is small; infinite if it depends on the base) and `peaks` the same by weight, `fingerprint` the same for the same delta
-    wherever it was read from.
+    delta a bound of it, if that is small; infinite if it depends on the base) and `peaks` the same by weight,
+    `fingerprint` the same for the same delta wherever it was read from.
     """
 
     source: WeightSource
