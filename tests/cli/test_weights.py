@@ -86,6 +86,18 @@ def test_convert_there_and_back_is_bit_exact(delta, perflow, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_convert_for_comfy_holds_every_number(delta, perflow, tmp_path):
+    out = tmp_path / "comfy.safetensors"
+    assert perflow("convert", delta, out, "--to", "comfy", "--dry-run").exit_code == 0 and not out.exists()
+    assert perflow("convert", delta, out, "--to", "comfy").exit_code == 0
+    whole, found = load_file(delta), load_file(out)
+    assert len(found) == len(whole)
+    for name, value in whole.items():
+        module, _, leaf = name.rpartition(".")
+        suffix = {"weight": "diff", "bias": "diff_b"}[leaf]
+        assert torch.equal(found[f"lora_unet_{module.replace('.', '_')}.{suffix}"], value)
+
+
 @pytest.mark.parametrize(("form", "bound"), [("float16", 2**-11), ("bfloat16", 2**-8), ("int8", 0.01)])
 def test_convert_makes_smaller_deltas(delta, perflow, tmp_path, form, bound):
     out = tmp_path / "small.safetensors"
@@ -162,6 +174,7 @@ def test_help_teaches_by_example(command, perflow):
     [
         (("convert", "DELTA", "OUT", "--to", "kohya"), "is not a LoRA"),
         (("convert", "LORA", "OUT", "--to", "int8"), "is a LoRA, which is small already"),
+        (("convert", "LORA", "OUT", "--to", "comfy"), "is a LoRA already"),
         (("extract-lora", "DELTA", "OUT", "--energy", "0"), "energy=0.0"),
         (("merge", "BASE", "DELTA", "OUT", "--scale", "nan"), "not a finite number"),
         (("merge", "DELTA", "DELTA", "OUT"), "is a delta, not complete weights"),

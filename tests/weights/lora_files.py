@@ -3,6 +3,7 @@
 import json
 
 import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import save_file
 
 from perflow_diffusers.weights.lora import adapter_metadata
@@ -87,3 +88,24 @@ def write_peft(folder, factors):
 
 
 WRITERS = {"diffusers": write_diffusers, "kohya": write_kohya, "peft": write_peft}
+
+
+def original_names(unet):
+    """{name: original name}, found by giving diffusers' own converter a checkpoint whose numbers say their names."""
+    parts = [f"input_blocks.{block}.{layer}" for block in range(1, 9) for layer in (0, 1)]
+    parts += [f"output_blocks.{block}.{layer}" for block in range(9) for layer in (0, 1, 2)]
+    parts += [f"middle_block.{layer}" for layer in range(3)]
+    inner = ["in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection"]
+    inner += ["op", "conv", "norm", "proj_in", "proj_out"]
+    block = [f"norm{n}" for n in (1, 2, 3)] + ["ff.net.0.proj", "ff.net.2"]
+    block += [f"attn{n}.{what}" for n in (1, 2) for what in ("to_q", "to_k", "to_v", "to_out.0")]
+    inner += [f"transformer_blocks.{depth}.{name}" for depth in (0, 1) for name in block]
+    names = ["input_blocks.0.0", "time_embed.0", "time_embed.2", "out.0", "out.2", "label_emb.0.0", "label_emb.0.2"]
+    names += [f"{part}.{name}" for part in parts for name in inner]
+    for block, kind in enumerate(unet.config["up_block_types"]):  # an upsampler stands behind the attention, if any
+        last = (block + 1) * (unet.config["layers_per_block"] + 1) - 1
+        names.remove(f"output_blocks.{last}.{1 if 'CrossAttn' in kind else 2}.conv")
+    names = [f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")]
+    marked = {f"model.diffusion_model.{name}": torch.tensor(float(number)) for number, name in enumerate(names)}
+    found = convert_ldm_unet_checkpoint(marked, {"class_embed_type": None, **unet.config})
+    return {name: names[int(found[name].item())] for name in unet.state_dict()}

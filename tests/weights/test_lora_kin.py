@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from lora_files import original_names
 from safetensors.torch import load_file, save_file
 from test_adapter_config import assert_merges_as_peft, peft_model, saved, trained, weights_of
 from test_lora import output, relative
@@ -133,37 +134,6 @@ def test_norms_of_lycoris(make_unet, tmp_path):
     assert relative(output(merged), output(running)) < 2e-6
 
 
-def original_names(unet):
-    """{name: original name}, found by giving diffusers' own converter a checkpoint whose numbers say their names."""
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-    inputs = [f"{block}.{layer}" for block in range(1, 6) for layer in (0, 1)]
-    parts = [f"input_blocks.{name}" for name in inputs] + [
-        f"output_blocks.{n}.{i}" for n in range(6) for i in (0, 1, 2)
-    ]
-    parts += [f"middle_block.{layer}" for layer in range(3)]
-    inner = [
-        "in_layers.0",
-        "in_layers.2",
-        "emb_layers.1",
-        "out_layers.0",
-        "out_layers.3",
-        "skip_connection",
-        "op",
-        "conv",
-    ]
-    inner += ["norm", "proj_in", "proj_out"]
-    block = [f"norm{n}" for n in (1, 2, 3)] + ["ff.net.0.proj", "ff.net.2"]
-    block += [f"attn{n}.{what}" for n in (1, 2) for what in ("to_q", "to_k", "to_v", "to_out.0")]
-    inner += [f"transformer_blocks.0.{name}" for name in block]
-    names = ["input_blocks.0.0", "time_embed.0", "time_embed.2", "out.0", "out.2"]
-    names += [f"{part}.{name}" for part in parts for name in inner]
-    names = [f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")]
-    marked = {f"model.diffusion_model.{name}": torch.tensor(float(number)) for number, name in enumerate(names)}
-    found = convert_ldm_unet_checkpoint(marked, {**unet.config, "class_embed_type": None, "addition_embed_type": None})
-    return {name: names[int(found[name].item())] for name in unet.state_dict()}
-
-
 @pytest.mark.parametrize("spelling", ["kohya", "ComfyUI"])
 def test_differences_are_exact(make_unet, bits, same, make_delta, spelling):
     """A whole delta as `.diff` and `.diff_b` is the delta to the bit; ComfyUI extracts under original names."""
@@ -236,10 +206,11 @@ def test_a_dora_among_other_merges_is_that_of_the_base(make_unet, make_delta, bi
         wanted = before[name].double() + 0.5 * delta[name].double() + change
         assert torch.allclose(first.state_dict()[name].double(), wanted, atol=2e-6)
         assert torch.allclose(second.state_dict()[name].double(), wanted, atol=2e-6)
-    copied, sent = copy.deepcopy(first), pickle.loads(pickle.dumps(first))
-    set_delta_scale(sent, 1.0)
-    assert same(bits(sent), bits(first))
-    for unet in (first, second, copied, sent):
+    source, name = handles[1].plan.source, next(iter(changes))
+    again = pickle.loads(pickle.dumps(source)).near(name, torch.device("cpu"), before[name])
+    assert torch.equal(again, source.near(name, torch.device("cpu"), before[name]))
+    copied = copy.deepcopy(first)
+    for unet in (first, second, copied):
         unmerge_delta(unet)
         unmerge_delta(unet)
         assert same(bits(unet), before)

@@ -16,7 +16,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is at OUT.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")]
 
 StoredDtype = Literal["float16", "bfloat16", "float32"]
-Form = Literal["diffusers", "kohya", "float16", "bfloat16", "int8"]
+Form = Literal["diffusers", "kohya", "float16", "bfloat16", "int8", "comfy"]
 PerflowType = Literal["ddim_eps", "diff_eps", "velocity"]
 
 
@@ -198,7 +198,7 @@ def extract_lora(
 def convert(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
-    to: Annotated[Form, typer.Option(help="A LoRA: diffusers or kohya keys. A delta: float16, bfloat16 or int8.")],
+    to: Annotated[Form, typer.Option(help="A LoRA: diffusers, kohya. A delta: float16, bfloat16, int8, comfy.")],
     where: dict[str, Any],
     dry_run: DryRun = False,
     force: Force = False,
@@ -206,15 +206,25 @@ def convert(
     """Write a LoRA in another tool's layout, or a delta in a smaller form.
 
     LoRA layouts are converted without loss, both ways. int8 has one scale per output channel; the loader reads it like
-    any delta.
+    any delta. comfy writes a delta for ComfyUI's stock LoRA loader, exactly (a LoRA for ComfyUI: kohya).
 
     Examples:
 
         perflow convert pytorch_lora_weights.safetensors comfy.safetensors --to kohya
 
         perflow convert perflow.safetensors perflow-int8.safetensors --to int8
+
+        perflow convert perflow.safetensors ComfyUI/models/loras/perflow.safetensors --to comfy
     """
-    from perflow_diffusers.weights import check_convert, check_shrink, convert_lora, open_weights, shrink_delta
+    from perflow_diffusers.weights import (
+        check_comfy,
+        check_convert,
+        check_shrink,
+        convert_lora,
+        open_weights,
+        shrink_delta,
+    )
+    from perflow_diffusers.weights import delta_for_comfy as for_comfy
 
     with failing("convert"):
         check_out(out, force)
@@ -222,11 +232,16 @@ def convert(
         if dry_run:
             if to == "diffusers" or to == "kohya":
                 typer.echo(check_convert(given, to))
+            elif to == "comfy":
+                typer.echo(check_comfy(given))
             else:
                 typer.echo(check_shrink(given, to))
             typer.echo(f"Dry run: {out} was not written.")
         elif to == "diffusers" or to == "kohya":
             typer.echo(f"{convert_lora(given, out, to, overwrite=force)}")
+        elif to == "comfy":
+            with progress_bar("convert") as progress:
+                typer.echo(f"{for_comfy(given, out, overwrite=force, progress=progress)}")
         else:
             with progress_bar("convert") as progress:
                 typer.echo(str(shrink_delta(given, out, to, overwrite=force, progress=progress)))

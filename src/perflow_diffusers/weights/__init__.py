@@ -1,5 +1,6 @@
 """Deltas and LoRAs of UNet weights: open them lazily, compute, merge, take out to the last bit, shrink and convert."""
 
+from perflow_diffusers.weights.comfy import check_comfy, delta_for_comfy
 from perflow_diffusers.weights.convert import check_convert, convert_lora
 from perflow_diffusers.weights.delta import Delta, check_delta, compute_delta, content_hash
 from perflow_diffusers.weights.errors import DeltaError, MergeError, WeightSourceError, WeightWriteError
@@ -32,6 +33,7 @@ __all__ = [
     "WeightWriteError",
     "WeightsInfo",
     "as_delta",
+    "check_comfy",
     "check_convert",
     "check_delta",
     "check_extract",
@@ -39,6 +41,7 @@ __all__ = [
     "compute_delta",
     "content_hash",
     "convert_lora",
+    "delta_for_comfy",
     "describe_weights",
     "extract_lora",
     "is_local",

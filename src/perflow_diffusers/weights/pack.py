@@ -110,7 +110,7 @@ def _packing(
     if dtype not in get_args(PackedDtype):
         raise DeltaError(f"dtype={dtype!r} is unknown. Pass one of {', '.join(get_args(PackedDtype))}.")
     given = open_weights(delta)
-    source = as_delta(_checked(given))
+    source = as_delta(checked_delta(given))
     names, collisions = keys.canonical_map(source)
     if collisions:
         raise DeltaError(f"{source.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
@@ -132,7 +132,8 @@ def quantise(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return levels.to(torch.int8).reshape(tensor.shape), scale
 
 
-def _checked(given: WeightSource) -> WeightSource:
+def checked_delta(given: WeightSource) -> WeightSource:
+    """A source that is a delta; raises `DeltaError` if it is empty, a LoRA, or complete weights."""
     if len(given) == 0:
         raise DeltaError(f"{given.name} is empty: there is nothing to store.")
     if given.kind == "lora":
