@@ -21,7 +21,7 @@ from perflow_diffusers.hub import (
     set_scheduler,
     unload_perflow,
 )
-from perflow_diffusers.weights import MergeError, compute_delta, extract_lora, open_weights, plan_merge
+from perflow_diffusers.weights import MergeError, compute_delta, extract_lora, open_weights, plan_merge, shrink_delta
 
 FORMS = pytest.mark.parametrize("weights", ["delta", "lora"])
 
@@ -269,10 +269,16 @@ def test_weights_plans_and_artifacts_are_copied_and_pickled(accelerators, tmp_pa
         assert twin == artifact
 
 
-def test_a_pickled_lora_merge_rebuilds_the_same_numbers(accelerators):
-    plan = plan_merge(make_pipe("sd").unet, accelerators["sd"].lora)
+@pytest.mark.parametrize("compact", ["lora", "int8"])
+def test_a_pickled_merge_rebuilds_the_same_numbers_of_a_compact_form(compact, accelerators, tmp_path):
+    file = accelerators["sd"].lora
+    if compact == "int8":
+        file = tmp_path / "int8.safetensors"
+        shrink_delta(accelerators["sd"].delta, file, "int8")
+    plan = plan_merge(make_pipe("sd").unet, file)
     twin = pickle.loads(pickle.dumps(plan)).source
-    assert twin.partial and all(torch.equal(twin[name], plan.source[name]) for name in plan.source)
+    assert twin.partial == (compact == "lora") and set(twin) == set(plan.source)
+    assert all(torch.equal(twin[name], plan.source[name]) for name in plan.source)
 
 
 def test_a_changed_strength_of_the_merge_alone_is_no_fault_of_a_delta(accelerators):

@@ -1,4 +1,7 @@
-"""Everything that an accelerator needs in one call, and back: `load_perflow`, `unload_perflow`, `set_scheduler`."""
+"""Everything that an accelerator needs in one call, and back: `load_perflow`, `unload_perflow`.
+
+Its strength or its scheduler alone: `set_perflow_scale`, `set_scheduler`.
+"""
 
 import math
 from dataclasses import replace
@@ -61,7 +64,8 @@ def load_perflow(
     All or nothing: if anything fails, the pipeline is as before. `ArtifactError`, `MergeError` or `WeightSourceError`
     (all ValueErrors) for an artefact that cannot be trusted, or is of another family: network, noise schedule, base
     prediction, or weights that share nothing with its base's. A fine-tune of the base is the normal use and only
-    logged. `strict=False` turns the last three into warnings of the log.
+    logged. `strict=False` turns the last three into warnings of the log. What cannot be checked, because the artefact
+    or the pipeline does not say it, is logged, too.
     """
     present = loaded(pipe) or companion(pipe)
     if present is not None:
