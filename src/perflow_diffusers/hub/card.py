@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from perflow_diffusers.hub.errors import ArtifactError
+
 if TYPE_CHECKING:
     from perflow_diffusers.hub.artifact import PeRFlowArtifact
 
@@ -49,6 +51,17 @@ def artifact_card(
         *_settings_table(artifact, guidance),
     ]
     return ModelCard(f"---\n{_data(artifact, forms, samples).to_yaml()}\n---\n\n" + "\n".join(lines))
+
+
+def read_card(text: str, where: str) -> ModelCard:
+    """The card in a text of others; `ArtifactError` if its metadata cannot be read. `where` names it."""
+    try:
+        return ModelCard(text, ignore_metadata_errors=True)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(
+            f"The metadata of {where} (between the lines ---) cannot be read ({type(error).__name__}: "
+            f"{str(error)[:100]}). Mend or delete it."
+        ) from None
 
 
 def saved_card(source: str) -> ModelCard:

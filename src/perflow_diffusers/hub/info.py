@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import huggingface_hub as hub
-
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
+from perflow_diffusers.hub.card import read_card
 from perflow_diffusers.hub.documents import check_free, copy_file, inside, plain_name, read_json
 from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.fetch import (
@@ -221,7 +220,10 @@ def _card_licence(repository: Repository) -> str | None:
 def _licence_in(card: Path) -> str | None:
     with card.open(encoding="utf-8", errors="replace") as file:
         text = file.read(_MAX_CARD_BYTES)
-    found = hub.ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
+    try:
+        found = read_card(text, str(card)).data.to_dict().get("license")
+    except ArtifactError:  # the rest can be described all the same
+        return None
     return found if isinstance(found, str) else None
 
 

@@ -2,15 +2,15 @@
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import huggingface_hub as hub
 
 from perflow_diffusers.hub.bundle import MODULE
-from perflow_diffusers.hub.card import saved_card
+from perflow_diffusers.hub.card import read_card, saved_card
 from perflow_diffusers.hub.documents import read_json
-from perflow_diffusers.hub.errors import PushError
+from perflow_diffusers.hub.errors import ArtifactError, PushError
 from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.find import CARD, SETTINGS, from_folder
 
@@ -73,8 +73,8 @@ def files_to_push(folder: str | os.PathLike) -> list[str]:
     if not folder.is_dir():
         raise PushError(f"There is no folder {folder}. Save an artefact first: `artifact.save(folder)`.")
     if (folder / "model_index.json").is_file():
-        inside = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.suffix in _PIPELINE_FILES]
-        names = [p.as_posix() for p in inside if not any(part.startswith(".") for part in p.parts)]
+        names = [name_in(folder, path) for path in sorted(folder.rglob("*")) if path.suffix in _PIPELINE_FILES]
+        names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
         names += [name for name in (f"scheduler/{MODULE}.py",) if (folder / name).is_file()]
         names += [CARD] if CARD not in names else []
         made = {CARD}
@@ -100,13 +100,24 @@ def files_to_push(folder: str | os.PathLike) -> list[str]:
     return names
 
 
+def name_in(folder: PurePath, path: PurePath) -> str:
+    """The name in a repository of a file of `folder`: with slashes, whatever the system's separator is."""
+    return path.relative_to(folder).as_posix()
+
+
 def _card(folder: Path, repo_id: str, licence: str | None, api: hub.HfApi) -> hub.ModelCard:
     """The folder's card under its new name, with a licence."""
     path = folder / CARD
-    text = path.read_text(encoding="utf-8") if path.is_file() else str(saved_card(repo_id))
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else str(saved_card(repo_id))
+    except (OSError, ValueError) as error:
+        raise PushError(f"{path} is not readable text ({error}). Mend or delete it.") from error
     place = _OF_PIPELINE if (folder / "model_index.json").is_file() else _OF_ARTIFACT
     text = place.sub(lambda match: f'{match[1]}"{repo_id}"', text)
-    card = hub.ModelCard(text, ignore_metadata_errors=True)
+    try:
+        card = read_card(text, str(path))
+    except ArtifactError as error:
+        raise PushError(str(error)) from None
     said = card.data.to_dict()
     given = licence or said.get("license") or _base_licence(said.get("base_model"), api)
     if not given:

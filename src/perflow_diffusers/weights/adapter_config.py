@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from perflow_diffusers.weights.errors import WeightSourceError
+from perflow_diffusers.weights.json_object import parsed
 from perflow_diffusers.weights.source import WeightSource
 
 #: Header key under which diffusers stores the LoRA configs of a pipeline's parts, as JSON.
@@ -147,9 +148,9 @@ def _given_configs(source: WeightSource, components: tuple[str, ...]) -> dict[st
     """Fields and values by component, as they are written."""
     beside = source.files[0].with_name("adapter_config.json") if source.files else None
     if text := source.metadata.get(ADAPTER_METADATA):
-        given = json.loads(text)
+        given = parsed(text)
     elif beside and beside.is_file() and any(name.startswith("base_model.model.") for name in source):
-        return {"unet": dict(json.loads(beside.read_text(encoding="utf-8")).items())}
+        return {"unet": dict(parsed(beside.read_text(encoding="utf-8")).items())}
     else:
         return {}
     configs: dict[str, dict[str, Any]] = {component: {} for component in components}

@@ -15,6 +15,7 @@ import torch
 from perflow_diffusers.weights import keys, lora_names
 from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.header_facts import network_facts, without_hashes
+from perflow_diffusers.weights.json_object import parsed
 from perflow_diffusers.weights.locate import RESIDUAL_SUFFIX
 from perflow_diffusers.weights.lora import RESIDUAL, open_residual
 from perflow_diffusers.weights.lora_layers import (
@@ -167,7 +168,7 @@ def _says_the_same(source: WeightSource, layers: tuple[LoraLayer, ...], header: 
 def _items(text: str) -> Iterable[tuple[str, Any]]:
     """The fields of a config as it stands in a header; none if it is damaged, which `lora_layers` says."""
     try:
-        config = json.loads(text)
+        config = parsed(text)
     except ValueError:
         return ()
     return config.items() if isinstance(config, dict) else ()
@@ -286,7 +287,7 @@ def _usual_name(layer: LoraLayer, naming: _Naming) -> str | None:
 
 def _noted_spelling(source: WeightSource) -> dict[str, Any]:
     try:
-        noted = json.loads(source.metadata.get(_SPELLING, "{}"))
+        noted = parsed(source.metadata.get(_SPELLING, "{}"))
         return noted if isinstance(noted, dict) else {}
     except ValueError:
         return {}

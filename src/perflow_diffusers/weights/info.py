@@ -1,6 +1,5 @@
 """What a file, folder or repository of weights is, for people and for scripts: `describe_weights(source)`."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ import torch
 
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import WeightSourceError
+from perflow_diffusers.weights.json_object import parsed
 from perflow_diffusers.weights.lora_kin import kin_shape, split_kin
 from perflow_diffusers.weights.lora_layers import lora_layers, named_tensors
 from perflow_diffusers.weights.lora_names import KIN_ROLES
@@ -127,6 +127,6 @@ def _lora(weights: WeightSource) -> tuple[str, dict[int, int], str]:
 def _value(text: str) -> Any:
     """A header's value as it was before it became text."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parsed(text)
+    except ValueError:
         return text

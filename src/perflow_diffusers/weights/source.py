@@ -1,6 +1,5 @@
 """Any kind of weights as one lazy mapping `{name: tensor}`: `open_weights(anything) -> WeightSource`."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import WeightSourceError
+from perflow_diffusers.weights.json_object import parsed
 from perflow_diffusers.weights.live import check_runs_on_its_weights, live_weights, unwrapped
 from perflow_diffusers.weights.locate import SHORT_NAMES, HubSpec, Located, locate, pickle_refused
 from perflow_diffusers.weights.where import HubOptions, Where
@@ -301,7 +301,7 @@ def _unreadable(path: Path, error: Exception) -> WeightSourceError:
     except OSError as problem:
         return WeightSourceError(f"{path} cannot be read ({problem.strerror}). Check its permissions.")
     try:
-        header = json.loads(text)
+        header = parsed(text)
         expected = (
             8
             + length
@@ -309,7 +309,7 @@ def _unreadable(path: Path, error: Exception) -> WeightSourceError:
                 (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0
             )
         )
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return _no_header(path, start)
     if expected != size:
         what = "truncated" if expected > size else "longer than its header says"

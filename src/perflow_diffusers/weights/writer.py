@@ -15,6 +15,7 @@ from typing import BinaryIO
 import torch
 
 from perflow_diffusers.weights.errors import WeightWriteError
+from perflow_diffusers.weights.json_object import parsed
 from perflow_diffusers.weights.source import dtype_name
 
 #: What a tensor will be, known before it exists: shape and dtype.
@@ -157,9 +158,7 @@ def named_shards(folder: Path) -> set[str]:
     """Names of the shards that the index of sharded weights in a folder names; empty without a readable index."""
     index = folder / INDEX_NAME
     try:
-        shards = (
-            set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
-        )
+        shards = set(parsed(index.read_bytes())["weight_map"].values()) if index.is_file() else set()
     except (ValueError, KeyError, TypeError, AttributeError):
         return set()
     return {str(shard) for shard in shards if Path(str(shard)).name == shard and shard.endswith(".safetensors")}

@@ -8,23 +8,35 @@ from typing import Any
 # What concerns the download only.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
+
+class NotAvailable(OSError, ValueError):
+    """A pipeline is neither a folder here nor a repository that can be downloaded."""
+
+
 _MODELS = ("unet", "vae", "image_encoder")
 
 
 def local_folder(source: str | os.PathLike, variant: str | None, options: dict[str, Any]) -> Path:
     """The folder itself, or the snapshot of a Hub repository: configurations and safetensors files only.
 
-    diffusers' own download refuses a repository whose components name a class that it cannot import. Raises OSError
-    (from huggingface_hub) where there is neither.
+    diffusers' own download refuses a repository whose components name a class that it cannot import. Raises
+    `NotAvailable` where there is neither.
     """
     if os.path.isdir(source):
         return Path(source)
     from huggingface_hub import snapshot_download
 
     others = [] if variant else ["*.fp16.safetensors", "*.non_ema.safetensors"]
-    return Path(
-        snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], ignore_patterns=others, **options)
-    )
+    wanted = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": others}
+    try:
+        return Path(snapshot_download(str(source), **wanted, **options))
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        what = f"status {status}" if status is not None else type(error).__name__
+        raise NotAvailable(
+            f"'{source}' is no folder here, and the Hub did not give it ({what}). Check its name and revision; "
+            "private and gated repositories need `token=` or `hf auth login`."
+        ) from error
 
 
 def check_weights(folder: Path, given: Collection[str]) -> None:
