@@ -14,6 +14,7 @@ from perflow_diffusers.hub.lookup import make_findable
 from perflow_diffusers.miniature import MINIATURE_GUIDANCE, load_miniature, miniature_prompts
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler  # eager: saved pipelines look it up here
 from perflow_diffusers.weights import (
+    combine,
     compute_delta,
     convert_lora,
     extract_lora,
@@ -32,6 +33,7 @@ __all__ = [
     "PeRFlowArtifact",
     "PeRFlowScheduler",
     "__version__",
+    "combine",
     "compute_delta",
     "convert_lora",
     "export_pipeline",

@@ -38,6 +38,26 @@ def test_diff_writes_the_difference_and_what_it_is_for(delta, folders, perflow):
     assert said["parameters"] == sum(value.numel() for value in base.values())
 
 
+def test_combine_adds_deltas_and_loras(delta, perflow, tmp_path):
+    change, lora, out = load_file(delta), tmp_path / "lora.safetensors", tmp_path / "sum.safetensors"
+    plain = ("--dtype", "float32", "--no-residual")
+    assert perflow("extract-lora", delta, lora, "--rank", 1000, "--alpha", 2, *plain).exit_code == 0
+    result = perflow("combine", delta, lora, out, "--scale", 1, "--scale", -0.5)
+    assert result.exit_code == 0, result.output
+    for name, value in load_file(out).items():
+        wanted = (0.5 if value.dim() > 1 else 1) * change[name]
+        assert torch.allclose(value, wanted, rtol=1e-4, atol=1e-5)
+    both = tmp_path / "both"
+    assert perflow("combine", lora, lora, both, "--dry-run").exit_code == 0 and not both.exists()
+    result = perflow("combine", lora, lora, both)
+    assert result.exit_code == 0 and "as one lora" in result.output
+    found, rank = as_delta(open_weights(both)), open_weights(both).shapes["unet.conv_in.lora_A.weight"][0]
+    assert rank == 2 * open_weights(lora).shapes["unet.conv_in.lora_A.weight"][0]
+    assert torch.allclose(found["conv_in.weight"], 2 * change["conv_in.weight"], rtol=1e-4, atol=1e-5)
+    result = perflow("combine", lora, lora, both, "--scale", 1, "--force")
+    assert result.exit_code == 2 and "2 sources and 1 scales" in result.output
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_merge_writes_a_model_that_diffusers_loads(delta, folders, perflow, tmp_path, scale):
     out = tmp_path / "merged"
@@ -163,7 +183,7 @@ def test_a_delta_of_another_model_is_refused_before_anything_is_written(folders,
     assert sorted(os.listdir(tmp_path)) == ["other.safetensors"]
 
 
-@pytest.mark.parametrize("command", ["info", "diff", "merge", "extract-lora", "convert", "push", "pull"])
+@pytest.mark.parametrize("command", ["info", "diff", "merge", "extract-lora", "combine", "convert", "push", "pull"])
 def test_help_teaches_by_example(command, perflow):
     text = " ".join(perflow(command, "--help").output.split())
     assert f"perflow {command} " in text

@@ -4,7 +4,7 @@ import typer
 
 from perflow_diffusers.cli.demo import demo
 from perflow_diffusers.cli.hub import info, pull, push
-from perflow_diffusers.cli.weights import convert, diff, extract_lora, merge
+from perflow_diffusers.cli.weights import combine, convert, diff, extract_lora, merge
 
 app = typer.Typer(
     name="perflow",
@@ -20,7 +20,7 @@ def perflow() -> None:
     """Few-step sampling for Stable Diffusion pipelines: accelerators made, merged, converted, published."""
 
 
-for command in (demo, info, diff, merge, extract_lora, convert, push, pull):
+for command in (demo, info, diff, merge, extract_lora, combine, convert, push, pull):
     app.command()(command)
 
 

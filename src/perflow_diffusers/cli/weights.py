@@ -1,4 +1,4 @@
-"""Commands on weight files: info, diff, merge, extract-lora, convert."""
+"""Commands on weight files: diff, merge, extract-lora, combine, convert."""
 
 import json
 from pathlib import Path
@@ -145,6 +145,9 @@ def extract_lora(
             help="Per layer the smallest rank that keeps this share of its energy (at most --rank, if given).",
         ),
     ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(min=0.0, help="alpha of every layer; default: its rank. The change stays the same.")
+    ] = None,
     exact: Annotated[
         bool, typer.Option(help="Full singular value decomposition instead of the randomised one.")
     ] = False,
@@ -175,7 +178,8 @@ def extract_lora(
             check_out(report, force)
         source = open_weights(delta, **where)
         if dry_run:
-            typer.echo(f"{check_extract(source, rank=rank, energy=energy)}\nDry run: {out} was not written.")
+            said = check_extract(source, rank=rank, energy=energy, alpha=alpha)
+            typer.echo(f"{said}\nDry run: {out} was not written.")
             return
         with progress_bar("extract-lora") as progress:
             result = extract_lora(
@@ -183,6 +187,7 @@ def extract_lora(
                 out,
                 rank=rank,
                 energy=energy,
+                alpha=alpha,
                 exact=exact,
                 residual=residual,
                 dtype=getattr(torch, dtype),
@@ -194,12 +199,58 @@ def extract_lora(
         typer.echo(str(result))
 
 
+def combine(
+    sources: Annotated[list[str], typer.Argument(help="LoRAs or deltas of any form, two or more.")],
+    out: Annotated[
+        Path, typer.Argument(help="A .safetensors file, or for LoRAs a folder that load_lora_weights reads.")
+    ],
+    scale: Annotated[
+        list[float] | None, typer.Option(help="Strength of a source; repeat for each, in order. Default: 1 for all.")
+    ] = None,
+    dtype: Annotated[StoredDtype | None, typer.Option(help="Stored as; default: no rounding.")] = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
+    """Write the sum of several LoRAs or deltas, each times its scale, as one file.
+
+    LoRAs become one LoRA, exactly: the ranks of a layer add up. Anything else becomes a delta.
+
+    Examples:
+
+        perflow combine perflow-lora style.safetensors both.safetensors --scale 1 --scale 0.8
+
+        perflow combine perflow-sd15-delta style.safetensors styled-delta.safetensors --dtype float16
+    """
+    import torch
+
+    from perflow_diffusers.weights import combine as combine_weights
+
+    with failing("combine"), progress_bar("combine") as progress:
+        check_out(out, force)
+        report = combine_weights(
+            sources,
+            out,
+            scale,
+            dtype=getattr(torch, dtype) if dtype else None,
+            overwrite=force,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    typer.echo(str(report))
+    if dry_run:
+        typer.echo(f"Dry run: {out} was not written.")
+
+
 @with_hub_options()
 def convert(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
     to: Annotated[Form, typer.Option(help="A LoRA: diffusers, kohya. A delta: float16, bfloat16, int8, comfy.")],
     where: dict[str, Any],
+    unet: Annotated[
+        str | None,
+        typer.Option(help="The UNet a LoRA is for, where its own layers do not show how blocks are counted."),
+    ] = None,
     dry_run: DryRun = False,
     force: Force = False,
 ) -> None:
@@ -231,14 +282,14 @@ def convert(
         given = open_weights(source, **where)
         if dry_run:
             if to == "diffusers" or to == "kohya":
-                typer.echo(check_convert(given, to))
+                typer.echo(check_convert(given, to, unet=unet))
             elif to == "comfy":
                 typer.echo(check_comfy(given))
             else:
                 typer.echo(check_shrink(given, to))
             typer.echo(f"Dry run: {out} was not written.")
         elif to == "diffusers" or to == "kohya":
-            typer.echo(f"{convert_lora(given, out, to, overwrite=force)}")
+            typer.echo(f"{convert_lora(given, out, to, unet=unet, overwrite=force)}")
         elif to == "comfy":
             with progress_bar("convert") as progress:
                 typer.echo(f"{for_comfy(given, out, overwrite=force, progress=progress)}")

@@ -1,5 +1,6 @@
 """Deltas and LoRAs of UNet weights: open them lazily, compute, merge, take out to the last bit, shrink and convert."""
 
+from perflow_diffusers.weights.combine import CombineReport, combine
 from perflow_diffusers.weights.comfy import check_comfy, delta_for_comfy
 from perflow_diffusers.weights.convert import check_convert, convert_lora
 from perflow_diffusers.weights.delta import Delta, check_delta, compute_delta, content_hash
@@ -18,6 +19,7 @@ from perflow_diffusers.weights.source import SHORT_NAMES, HubSpec, WeightSource,
 
 __all__ = [
     "SHORT_NAMES",
+    "CombineReport",
     "Delta",
     "DeltaError",
     "FileMergeReport",
@@ -38,6 +40,7 @@ __all__ = [
     "check_delta",
     "check_extract",
     "check_shrink",
+    "combine",
     "compute_delta",
     "content_hash",
     "convert_lora",

@@ -14,7 +14,7 @@ import torch
 
 from perflow_diffusers.weights import keys, lora_names
 from perflow_diffusers.weights.errors import WeightSourceError
-from perflow_diffusers.weights.header_facts import network_facts, without_hashes
+from perflow_diffusers.weights.header_facts import KOHYA_CONFIG, KOHYA_SPELLING, network_facts, without_hashes
 from perflow_diffusers.weights.json_object import parsed
 from perflow_diffusers.weights.locate import RESIDUAL_SUFFIX
 from perflow_diffusers.weights.lora import RESIDUAL, open_residual
@@ -31,10 +31,6 @@ from perflow_diffusers.weights.writer import File, Spec, check_target, write_tog
 
 Layout = Literal["diffusers", "kohya"]
 
-#: Header key that remembers what the diffusers layout has no place for, so that the way back restores every bit.
-_SPELLING = "perflow_kohya"
-#: Header key that keeps diffusers' config in a kohya file: under its own key diffusers refuses it beside `.alpha`.
-_CONFIG = "perflow_lora_config"
 _SDXL_WIDTH = 2048
 
 
@@ -125,8 +121,8 @@ def _to_diffusers(
         tensors[f"{name}.lora_A.weight"] = _take(source, layer.down)
         tensors[f"{name}.lora_B.weight"] = _take(source, layer.up)
     if any(layer.prefix for layer in layers):
-        header[_SPELLING] = json.dumps(_spelling(source, layers, naming))
-    kept = header.pop(_CONFIG, None)
+        header[KOHYA_SPELLING] = json.dumps(_spelling(source, layers, naming))
+    kept = header.pop(KOHYA_CONFIG, None)
     if kept is not None:
         header.setdefault(ADAPTER_METADATA, kept)
     if not _says_the_same(source, layers, header):
@@ -223,9 +219,9 @@ def _to_kohya(
         alpha = _alpha_tensor(source, layer, spelling)
         if alpha is not None:
             tensors[f"{name}.alpha"] = (tuple(alpha.shape), alpha.dtype), partial(torch.clone, alpha)
-    header.pop(_SPELLING, None)
+    header.pop(KOHYA_SPELLING, None)
     if ADAPTER_METADATA in header:
-        header[_CONFIG] = header.pop(ADAPTER_METADATA)
+        header[KOHYA_CONFIG] = header.pop(ADAPTER_METADATA)
     header.setdefault("ss_network_module", "networks.lora")
     ranks, alphas = (Counter(getattr(layer, what) for layer in layers) for what in ("rank", "alpha"))
     header.update(network_facts(header, ranks, alphas))
@@ -287,7 +283,7 @@ def _usual_name(layer: LoraLayer, naming: _Naming) -> str | None:
 
 def _noted_spelling(source: WeightSource) -> dict[str, Any]:
     try:
-        noted = parsed(source.metadata.get(_SPELLING, "{}"))
+        noted = parsed(source.metadata.get(KOHYA_SPELLING, "{}"))
         return noted if isinstance(noted, dict) else {}
     except ValueError:
         return {}

@@ -5,18 +5,21 @@ import os
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from perflow_diffusers.weights import keys
-from perflow_diffusers.weights.errors import DeltaError, WeightWriteError
+from perflow_diffusers.weights.errors import DeltaError
+from perflow_diffusers.weights.header_facts import KOHYA_CONFIG, KOHYA_SPELLING, for_new_tensors
 from perflow_diffusers.weights.lora import ADAPTER_METADATA, RESIDUAL, adapter_metadata, as_delta
+from perflow_diffusers.weights.lora_names import KOHYA_PREFIXES, spelled
 from perflow_diffusers.weights.lora_report import LayerReport, LoraReport
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
 from perflow_diffusers.weights.svd import Effort, Wanted, balanced, low_rank, rounding_loss, squared_norm
-from perflow_diffusers.weights.writer import File, Spec, check_target, specs_of, write_together
+from perflow_diffusers.weights.writer import File, Spec, check_target, make_folder, specs_of, write_together
 
 LORA_FORMAT = "lora-1"
 RESIDUAL_FORMAT = "delta-residual-1"
@@ -25,10 +28,18 @@ DEFAULT_RANK = 64
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FLOOR = 1e-6  # of the mean moment: an input that was never on must not make the weights of others infinite
-_PREFIX = "unet"
 _ROWS = 128
 _CLEAR = 1e-2  # of the squared norm: losses above this are known from differences of norms, others are measured
-_OWN_KEYS = ("format", "perflow_format", "dtype", "identical", ADAPTER_METADATA, RESIDUAL)
+OWN_KEYS = (
+    "format",
+    "perflow_format",
+    "dtype",
+    "identical",
+    ADAPTER_METADATA,
+    RESIDUAL,
+    KOHYA_CONFIG,
+    KOHYA_SPELLING,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ def extract_lora(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    alpha: float | None = None,
     moments: Mapping[str, torch.Tensor] | None = None,
     exact: bool = False,
     oversampling: int = 16,
@@ -62,11 +74,13 @@ def extract_lora(
 
     `delta` is anything that `open_weights` takes, a LoRA or an int8 delta included. `out` is a `.safetensors` file or
     a folder (then `pytorch_lora_weights.safetensors` in it). Every weight of a linear layer or convolution becomes
-    B (out, r) times A (r, in), convolutions as (out, in * height * width) matrices; alpha is the rank, so that the
-    LoRA at scale 1 is the delta.
+    B (out, r) times A (r, in), convolutions as (out, in * height * width) matrices. Text encoder layers of a LoRA are
+    made anew like those of the UNet. The LoRA at scale 1 is the delta, whatever alpha is.
 
     - `rank` (default 64) holds for every layer, or less where the matrix is smaller. With `energy` (0 < energy <= 1)
       each layer gets the smallest rank that keeps this share of its squared norm, at most `rank` if that is given.
+    - `alpha` (default: the rank of each layer) is that of every layer; B A is divided by alpha / rank, so that tools
+      which apply this factor get the delta.
     - `moments` (`measure_moments`) are `{canonical weight name: E[x x^T]}` of the layers' inputs, (in,) for the
       diagonal, or (in, in): what is minimised is then E|(D - BA) x|^2, the error of the layers' outputs, and `energy`
       is a share of E|D x|^2. A convolution takes (in_channels,), the same for all places of the kernel. Layers
@@ -85,15 +99,16 @@ def extract_lora(
     ValueErrors).
     """
     wanted = _checked_rank(rank, energy)
+    _check_alpha(alpha)
     if dtype not in _DTYPES:
         raise DeltaError(f"dtype={dtype} is nothing that LoRAs are stored in. Pass float16, bfloat16 or float32.")
     if oversampling < 0 or power_iterations < 0:
         raise DeltaError(f"oversampling={oversampling}, power_iterations={power_iterations}: both must be 0 or more.")
     source = open_weights(delta)
-    weights = as_delta(source)
+    weights = as_delta(source, with_text=True)
     names = _checked_names(weights)
-    path, rest_path = _targets(out, residual, overwrite)
-    job = _Job(wanted, Effort(exact, oversampling, power_iterations), dtype, seed, moments or {})
+    path, rest_path = lora_targets(out, residual, overwrite)
+    job = _Job(wanted, Effort(exact, oversampling, power_iterations), dtype, seed, moments or {}, alpha)
     if job.moments and not any(name in job.moments for name in names):
         raise DeltaError(
             f"None of the moments belongs to a tensor of {source.name}. Measure them with the same model."
@@ -102,14 +117,17 @@ def extract_lora(
     if not layers:
         raise DeltaError(f"{source.name} has no layer that a LoRA could carry and that differs from zero.")
     specs = {name: (weights.shapes[names[name]], weights.dtypes[names[name]]) for name in rest} if residual else {}
-    _write(path, rest_path, weights, names, layers, specs, overwrite)
+    _write(path, rest_path, weights, names, layers, specs, job, overwrite)
     return _report(path, rest_path if specs else None, layers, zero, rest, specs, source.nbytes)
 
 
-def check_extract(delta: Any, *, rank: int | None = None, energy: float | None = None) -> str:
+def check_extract(
+    delta: Any, *, rank: int | None = None, energy: float | None = None, alpha: float | None = None
+) -> str:
     """One sentence on what `extract_lora` would make of a delta; reads no tensor. Raises what it can see."""
     most, _ = _checked_rank(rank, energy)
-    weights = as_delta(open_weights(delta))
+    _check_alpha(alpha)
+    weights = as_delta(open_weights(delta), with_text=True)
     shapes = [
         weights.shapes[key] for name, key in _checked_names(weights).items() if _is_carried(name, weights.shapes[key])
     ]
@@ -129,6 +147,15 @@ class _Job:
     dtype: torch.dtype
     seed: int
     moments: Mapping[str, torch.Tensor]
+    alpha: float | None
+
+    def alpha_of(self, rank: int) -> float:
+        return float(rank) if self.alpha is None else float(self.alpha)
+
+
+def _check_alpha(alpha: float | None) -> None:
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < inf):
+        raise DeltaError(f"alpha={alpha!r} is not a positive number. Usual are the rank, its half, or 1.")
 
 
 def _checked_rank(rank: int | None, energy: float | None) -> tuple[int | None, float | None]:
@@ -157,20 +184,22 @@ def _checked_names(weights: WeightSource) -> dict[str, str]:
     return {name: names[name] for name in sorted(names)}
 
 
-def _targets(out: str | os.PathLike, residual: bool, overwrite: bool) -> tuple[Path, Path]:
-    """Both files; what would prevent writing them is told before the work begins. A folder is made if need be."""
+def lora_targets(out: str | os.PathLike, residual: bool, overwrite: bool, *, make: bool = True) -> tuple[Path, Path]:
+    """Files of a LoRA and its residual; what would prevent writing them is told before the work begins.
+
+    A folder is made if need be, unless `make` is False.
+    """
     path = Path(out).expanduser()
     if path.suffix != ".safetensors":
         if path.is_file():
             raise DeltaError(f"{path} is a file. Pass a folder, or a name that ends in .safetensors.")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise WeightWriteError(f"The folder {path} cannot be made ({error.strerror}). Pass another.") from error
+        if make:
+            make_folder(path)
         path = path / LORA_NAME
     rest_path = path.with_suffix(".residual.safetensors")
     for target in (path, rest_path) if residual else (path,):
-        check_target(target, 0, overwrite=overwrite)
+        if make or target.parent.is_dir():
+            check_target(target, 0, overwrite=overwrite)
     return path, rest_path
 
 
@@ -218,12 +247,14 @@ def _layer(name: str, whole: torch.Tensor, size: float, job: _Job) -> _Layer:
     generator = torch.Generator().manual_seed(job.seed ^ zlib.crc32(name.encode()))
     found = low_rank(weighted, Wanted(min(cap or most, most), energy), job.effort, generator)
     left, right = balanced(found.left, found.right if root is None else _remove(found.right, root))
+    strength = job.alpha_of(len(right)) / len(right)
+    left, right = left / strength**0.5, right / strength**0.5
     up, down = left.to(job.dtype), right.to(job.dtype)
     lost, weighted_lost = size - found.captured, 0.0
     if root is None and lost > _CLEAR * size:
-        lost += rounding_loss(left, right, up.float(), down.float())
+        lost += strength**2 * rounding_loss(left, right, up.float(), down.float())
     else:
-        lost, weighted_lost = _lost(matrix, up.float(), down.float(), root)
+        lost, weighted_lost = _lost(matrix, up.float() * strength, down.float(), root)
     if not lost < float("inf"):
         raise DeltaError(f"The factors of {name} overflow in {job.dtype}. Pass dtype=torch.float32.")
     weighted_size = size if root is None else squared_norm(weighted)
@@ -305,19 +336,24 @@ def _write(
     names: Mapping[str, str],
     layers: Mapping[str, _Layer],
     rest: Mapping[str, Spec],
+    job: _Job,
     overwrite: bool,
 ) -> None:
     """The residual first: a LoRA that names one is never without it."""
-    modules = {name.removesuffix(".weight"): layer for name, layer in layers.items()}
-    tensors = {}
-    for module, layer in modules.items():
-        tensors[f"{_PREFIX}.{module}.lora_A.weight"] = layer.down
-        tensors[f"{_PREFIX}.{module}.lora_B.weight"] = layer.up
-    ranks = {module: (layer.report.rank, float(layer.report.rank)) for module, layer in modules.items()}
-    taken = {key: value for key, value in weights.metadata.items() if key not in _OWN_KEYS}
+    tensors, strengths = {}, dict[str, dict[str, tuple[int, float]]]()
+    for name, layer in layers.items():
+        component, module = _place(name)
+        stem = spelled(component, module)
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = layer.down, layer.up
+        rank = layer.report.rank
+        strengths.setdefault(component, {})[module] = (rank, job.alpha_of(rank))
+    taken = for_new_tensors(weights.metadata, OWN_KEYS)
     stored = next(iter(tensors.values())).dtype
     header = {**taken, "format": "pt", "perflow_format": LORA_FORMAT, "dtype": dtype_name(stored)}
-    header[ADAPTER_METADATA] = json.dumps(adapter_metadata(ranks, _PREFIX), indent=2, sort_keys=True)
+    config: dict[str, Any] = {}
+    for component, own in strengths.items():
+        config |= adapter_metadata(own, component)
+    header[ADAPTER_METADATA] = json.dumps(config, indent=2, sort_keys=True)
     files = []
     if rest:
         dtypes = ",".join(sorted({dtype_name(dtype) for _, dtype in rest.values()}))
@@ -326,6 +362,12 @@ def _write(
         files.append(File(rest_path, rest, stream, rest_header))
         header[RESIDUAL] = rest_path.name
     write_together([*files, File(path, specs_of(tensors), tensors.items(), header)], overwrite=overwrite)
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Component and module of a weight: see `lora.weight_name`."""
+    component, _, module = name.removesuffix(".weight").partition(".")
+    return (component, module) if component in KOHYA_PREFIXES else ("unet", name.removesuffix(".weight"))
 
 
 def _nbytes(spec: Spec) -> int:

@@ -5,8 +5,14 @@ from collections.abc import Collection, Mapping
 #: Of the bytes of one file: sd-webui's and ModelSpec's hashes. No rewritten file has them.
 OF_BYTES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
-#: Of ranks and alphas, as kohya's trainer and resizing write them.
-OF_RANKS = ("ss_network_dim", "ss_network_alpha", "ss_network_args")
+#: What the diffusers layout has no place for of a kohya file, so that the way back restores every bit.
+KOHYA_SPELLING = "perflow_kohya"
+
+#: diffusers' config in a kohya file: under its own key diffusers refuses it beside `.alpha`.
+KOHYA_CONFIG = "perflow_lora_config"
+
+#: Of ranks, alphas and the form of layers, as kohya's trainer and resizing write them.
+OF_LAYERS = ("ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_network_module")
 
 
 def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -15,8 +21,8 @@ def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def for_new_tensors(metadata: Mapping[str, str], own: Collection[str] = ()) -> dict[str, str]:
-    """A header fit for tensors computed anew: without hashes, ranks and alphas, and the keys `own` to the old file."""
-    return {key: value for key, value in metadata.items() if key not in (*OF_BYTES, *OF_RANKS, *own)}
+    """A header fit for tensors computed anew: without hashes, ranks, alphas, and the keys `own` to the old file."""
+    return {key: value for key, value in metadata.items() if key not in (*OF_BYTES, *OF_LAYERS, *own)}
 
 
 def network_facts(

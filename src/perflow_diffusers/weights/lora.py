@@ -32,7 +32,17 @@ from perflow_diffusers.weights.lora_layers import (
 from perflow_diffusers.weights.lora_names import KOHYA_PREFIXES
 from perflow_diffusers.weights.source import WeightSource, check_detached, open_weights
 
-__all__ = ["ADAPTER_METADATA", "RESIDUAL", "LoraLayer", "Rebuilt", "adapter_metadata", "as_delta", "lora_layers"]
+__all__ = [
+    "ADAPTER_METADATA",
+    "RESIDUAL",
+    "LoraLayer",
+    "Rebuilt",
+    "adapter_metadata",
+    "as_delta",
+    "lora_layers",
+    "open_residual",
+    "weight_name",
+]
 
 #: Header key of a LoRA that names the file beside it with what a LoRA cannot carry.
 RESIDUAL = "perflow_residual"
@@ -83,7 +93,11 @@ class Rebuilt(WeightSource):
 
 
 def as_delta(
-    source: WeightSource, shapes: Mapping[str, tuple[int, ...]] | None = None, *, on_base: bool = False
+    source: WeightSource,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    on_base: bool = False,
+    with_text: bool = False,
 ) -> WeightSource:
     """A LoRA or an int8 delta as a lazy delta in fp32 under canonical names; a plain delta as it is.
 
@@ -96,7 +110,8 @@ def as_delta(
     weight of the base. The delta is W' - W: a scale takes its share of the whole change.
 
     `shapes` are those of the model's weights, if one is at hand: kohya's names are then looked up among its modules
-    first, and a factor pair without the trailing 1 x 1 of a convolution is given it.
+    first, and a factor pair without the trailing 1 x 1 of a convolution is given it. `with_text` keeps text encoder
+    layers, under `text_encoder.<module>.weight`, for whoever writes another LoRA.
 
     Raises `WeightSourceError` for a LoRA that is damaged, of a kind that cannot be computed, or whose residual is
     missing, and for a DoRA without `on_base`.
@@ -105,7 +120,7 @@ def as_delta(
         return source
     check_detached(source)
     if source.kind == "lora":
-        return _lora_as_delta(source, shapes or {}, on_base=on_base)
+        return _lora_as_delta(source, shapes or {}, on_base=on_base, with_text=with_text)
     adapter_configs(source, KOHYA_PREFIXES)  # PEFT's other kinds, whose tensors have no names of LoRA's
     packed = [
         name for name, dtype in source.dtypes.items() if dtype == torch.int8 and f"{name}.scale" in source.shapes
@@ -132,12 +147,14 @@ def open_residual(source: WeightSource) -> WeightSource:
     return open_weights(path)
 
 
-def _lora_as_delta(source: WeightSource, model: Mapping[str, tuple[int, ...]], *, on_base: bool) -> Rebuilt:
+def _lora_as_delta(
+    source: WeightSource, model: Mapping[str, tuple[int, ...]], *, on_base: bool, with_text: bool
+) -> Rebuilt:
     kin = split_kin(source, model)
     pairs = lora_layers(kin.rest, model) if kin.rest else ()
     every: tuple[LoraLayer | KinLayer, ...] = (*pairs, *kin.layers, *bias_layers(kin, pairs))
-    layers = {_weight_name(layer): layer for layer in every if layer.component == "unet"}
-    text = [layer for layer in every if layer.component != "unet"]
+    layers = {weight_name(layer): layer for layer in every if layer.component == "unet" or _kept(layer, with_text)}
+    text = [layer for layer in every if layer.component != "unet" and not _kept(layer, with_text)]
     if any(isinstance(layer, KinLayer) for layer in text):
         way_out = "Use the tool that made the file if you need them: diffusers loads low-rank pairs only."
     else:
@@ -153,9 +170,9 @@ def _lora_as_delta(source: WeightSource, model: Mapping[str, tuple[int, ...]], *
             stacklevel=6,
         )
     magnitudes = {f"{module}.weight": key for (part, module), key in kin.magnitudes.items() if part == "unet"}
-    if magnitudes and not on_base:
+    if (kin.magnitudes if with_text else magnitudes) and not on_base:
         raise WeightSourceError(
-            f"{source.name} is a DoRA ({len(magnitudes)} magnitudes): what it changes depends on the weights of the "
+            f"{source.name} is a DoRA ({len(kin.magnitudes)} magnitudes): what it changes depends on the weights of the "
             "base. Merge it into its base with `merge_files(base, dora, out)`, and use `compute_delta(base, out)`."
         )
     residual = as_delta(open_residual(source))
@@ -195,8 +212,15 @@ def _lora_as_delta(source: WeightSource, model: Mapping[str, tuple[int, ...]], *
     return _rebuilt(source, shapes, dtypes, build, bounds, covers_all=False, model=model, on_base=on)
 
 
-def _weight_name(layer: LoraLayer | KinLayer) -> str:
-    return f"{layer.module}.{layer.parameter if isinstance(layer, KinLayer) else 'weight'}"
+def weight_name(layer: LoraLayer | KinLayer) -> str:
+    """What a layer changes: a canonical name for a UNet, with the component before it for a text encoder."""
+    name = f"{layer.module}.{layer.parameter if isinstance(layer, KinLayer) else 'weight'}"
+    return name if layer.component == "unet" else f"{layer.component}.{name}"
+
+
+def _kept(layer: LoraLayer | KinLayer, with_text: bool) -> bool:
+    """Whether another LoRA can hold the change of a text encoder's layer: it has no residual for whole differences."""
+    return with_text and not (isinstance(layer, KinLayer) and layer.kind == "whole")
 
 
 def _shape(source: WeightSource, layer: LoraLayer | KinLayer, wanted: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import torch
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.delta import DELTA_FORMAT
 from perflow_diffusers.weights.errors import DeltaError
+from perflow_diffusers.weights.header_facts import without_hashes
 from perflow_diffusers.weights.lora import as_delta
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
 from perflow_diffusers.weights.writer import Spec, write_safetensors
@@ -89,7 +90,7 @@ def shrink_delta(
     source = run.source
     header = {
         "format": "pt",
-        **source.metadata,
+        **without_hashes(source.metadata),
         "perflow_format": INT8_FORMAT if dtype == "int8" else DELTA_FORMAT,
         "dtype": ",".join(sorted({dtype_name(kind) for _, kind in run.specs.values()})),
     }
