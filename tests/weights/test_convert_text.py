@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from ldm_names import CONFIGS
 from lora_pipelines import (
     FAMILIES,
     added,
@@ -146,3 +148,37 @@ def test_every_word_is_kept_whole():
     for module in ("encoder.layers.0.self_attn.out_proj", "text_model.encoder.layers.10.mlp.fc2", "text_projection"):
         assert lora_names.dotted(module.replace(".", "_")) == module
     assert open_weights({"text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight": torch.ones(1, 2)}).kind == "lora"
+
+
+def test_a_model_settles_how_blocks_are_counted(tmp_path):
+    """One layer alone could be of SDXL or of a pruned model: without a model its kohya name counts nothing."""
+    to_q = "attentions.0.transformer_blocks.0.attn1.to_q"
+    stem = f"unet.up_blocks.1.{to_q}"
+    lora = {f"{stem}.lora_A.weight": torch.ones(2, 8), f"{stem}.lora_B.weight": torch.ones(8, 2)}
+    sdxl = {"text_encoder_2.text_projection.lora_A.weight": torch.ones(2, 8)}
+    sdxl["text_encoder_2.text_projection.lora_B.weight"] = torch.ones(8, 2)
+    flat = to_q.replace(".", "_")
+    tail = flat.removeprefix("attentions_0_")
+    with torch.device("meta"):
+        koala = UNet2DConditionModel(**CONFIGS["KOALA-1B"])
+    unet = make_pipe("sdxl").unet
+    names = {None: f"up_blocks_1_{flat}", unet: f"output_blocks_3_1_{tail}", koala: f"output_blocks_2_1_{tail}"}
+    for model, name in names.items():
+        out = convert_lora({**lora, **sdxl}, tmp_path / "k.safetensors", "kohya", unet=model, overwrite=True)
+        assert f"lora_unet_{name}.lora_down.weight" in load_file(out)
+        assert "lora_te2_text_projection.lora_up.weight" in load_file(out)
+        back = convert_lora(out, tmp_path / "d.safetensors", "diffusers", unet=model, overwrite=True)
+        assert load_file(back).keys() == {*lora, *sdxl}
+    koala_name = f"lora_unet_output_blocks_2_1_{tail}"
+    given = {f"{koala_name}.lora_down.weight": torch.ones(2, 8), f"{koala_name}.lora_up.weight": torch.ones(8, 2)}
+    with pytest.warns(UserWarning, match="too few layers to tell.*`unet=`"):
+        convert_lora(given, tmp_path / "d.safetensors", "diffusers", overwrite=True)
+
+
+def test_diffusers_reads_names_that_count_nothing(tmp_path):
+    """All layers of an SDXL UNet without attention: whether upsamplers stand behind one cannot be told."""
+    layers = random_layers(make_pipe("sdxl"), uniform=True)
+    layers = {place: layer for place, layer in layers.items() if "attentions" not in place[1]}
+    kohya = convert_lora(save_with_diffusers(make_pipe("sdxl"), layers, tmp_path), tmp_path / "k.safetensors", "kohya")
+    assert not any("put_blocks" in name for name in load_file(kohya))
+    assert distance(fused("sdxl", kohya), added("sdxl", layers)) <= CLOSE

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from perflow_diffusers.weights import WeightSourceError, convert_lora, merge_delta, open_weights
+from perflow_diffusers.weights import MergeError, WeightSourceError, convert_lora, merge_delta, open_weights
 from perflow_diffusers.weights.lora import lora_layers
 
 TRANSFORMER = "a transformer"
@@ -89,6 +89,16 @@ def test_a_module_of_the_model_at_hand_needs_no_known_name(unet):
     before = unet.extra_head.weight.detach().clone()
     merge_delta(unet, pair("extra_head"))
     assert torch.allclose(unet.extra_head.weight, before + 2)
+
+
+def test_a_lora_whose_numbers_are_not_of_this_model_is_told_by_its_modules(unet, bits, same):
+    """The UNet has one layer a block: SDXL's input_blocks.4 and 5 are no attention of it, whatever is counted."""
+    stems = (f"lora_unet_input_blocks_{number}_1_transformer_blocks_0_attn2_to_k" for number in (4, 5, 7, 8))
+    given = {key: value for stem in stems for key, value in pair(stem).items()}
+    before = bits(unet)
+    with pytest.raises(MergeError, match=r"Not in the model.*down_blocks\.2"):
+        merge_delta(unet, given)
+    assert same(bits(unet), before)
 
 
 def test_bundled_embeddings_are_left_out_with_a_warning(unet, tmp_path):

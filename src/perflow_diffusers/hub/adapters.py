@@ -80,10 +80,11 @@ def attach(pipe: Any, path: Path, scale: float) -> None:
 
 def _state(pipe: Any, path: Path) -> tuple[Any, Any, Any]:
     """State dict, alphas and metadata of a LoRA file, as the pipeline's own loader reads its own layout."""
-    if any(layer.prefix for layer in lora_layers(open_weights(path), live_shapes(find_unet(pipe)))):
+    shapes = live_shapes(find_unet(pipe))
+    if any(layer.prefix for layer in lora_layers(open_weights(path), shapes)):
         # Our own conversion from kohya's layout: it drops no layer, and keeps alphas and header apart.
         with tempfile.TemporaryDirectory() as scratch:
-            return _read(pipe, convert_lora(path, Path(scratch, "lora.safetensors"), "diffusers"))
+            return _read(pipe, convert_lora(path, Path(scratch, "lora.safetensors"), "diffusers", unet=shapes))
     return _read(pipe, path)
 
 

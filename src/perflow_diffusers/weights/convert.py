@@ -48,7 +48,7 @@ def convert_lora(
     a warning.
 
     SDXL UNet layers get the original-format names that kohya gives them. Their numbers count the layers of all blocks
-    before them: of `unet` (anything that `open_weights` takes; only names are read), or, without it, of the blocks
+    before them: of `unet` (anything that `open_weights` takes, of which only names are read), or else of the blocks
     that the LoRA's own layers show. Where these do not tell, names are written that need no count,
     `lora_unet_down_blocks_...`, and read with a warning.
 
@@ -89,12 +89,18 @@ def _converted(source: Any, layout: Layout, unet: Any) -> tuple[WeightSource, "_
         raise WeightSourceError(
             f"{given.name} is not a LoRA, so there is no layout to convert. Make one of a delta with `extract_lora`."
         )
-    weights = () if unet is None else tuple(keys.canonical_map(open_weights(unet))[0])
+    weights = () if unet is None else _names(unet)
     layers = lora_layers(given, weights)
     naming = _Naming.of(given, layers, weights)
     header = {"format": "pt", **without_hashes(given.metadata)}
     write = _to_kohya if layout == "kohya" else _to_diffusers
     return given, write(given, layers, naming, header), header
+
+
+def _names(unet: Any) -> tuple[str, ...]:
+    """Canonical names of a model's weights; whatever adapters are attached to a live one."""
+    state = unet.state_dict() if isinstance(unet, torch.nn.Module) else unet
+    return tuple(keys.canonical_map(state if isinstance(state, Mapping) else open_weights(state))[0])
 
 
 #: What a tensor will be, and a function that reads it.

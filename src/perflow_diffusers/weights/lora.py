@@ -172,8 +172,8 @@ def _lora_as_delta(
     magnitudes = {f"{module}.weight": key for (part, module), key in kin.magnitudes.items() if part == "unet"}
     if (kin.magnitudes if with_text else magnitudes) and not on_base:
         raise WeightSourceError(
-            f"{source.name} is a DoRA ({len(kin.magnitudes)} magnitudes): what it changes depends on the weights of the "
-            "base. Merge it into its base with `merge_files(base, dora, out)`, and use `compute_delta(base, out)`."
+            f"{source.name} is a DoRA ({len(kin.magnitudes)} magnitudes): what it changes depends on the weights of "
+            "the base. Merge it into its base with `merge_files(base, dora, out)`, and use `compute_delta(base, out)`."
         )
     residual = as_delta(open_residual(source))
     rest, collisions = keys.canonical_map(residual)

@@ -84,6 +84,16 @@ def lora_layers(source: WeightSource, weights: Iterable[str] = ()) -> tuple[Lora
     return tuple(_layer(source, places[place], configs.get(place[0], plain)) for place in sorted(places))
 
 
+def _blocks(source: WeightSource, weights: list[str]) -> Blocks:
+    """The model's, if there is one and the names can be its; those of another model are told later, by module."""
+    if weights:
+        blocks = blocks_of_model(weights)
+        named = {found[0] for key in source if (found := lora_names.original_module(key)) is not None}
+        if all(lora_names.from_original(module, blocks) for module in named):
+            return blocks
+    return file_blocks(source)
+
+
 def file_blocks(source: WeightSource) -> Blocks:
     """The blocks that original-format names of a LoRA count, by names and shapes; warns if these leave a doubt."""
     widths: dict[str, int] = {}
@@ -183,7 +193,7 @@ def named_tensors(source: WeightSource, weights: Iterable[str] = ()) -> dict[str
             )
     weights = list(weights)
     modules = lora_names.flat_names(weights)
-    blocks = blocks_of_model(weights) if weights else file_blocks(source)
+    blocks = _blocks(source, weights)
     parsed = {key: lora_names.parse(key, modules, blocks) for key in source if not is_bundled(key)}
     _refuse_unknown(source, [key for key, name in parsed.items() if name is None])
     return {key: name for key, name in parsed.items() if name is not None}
