@@ -18,7 +18,7 @@ from perflow_diffusers.weights.extract import LORA_FORMAT, OWN_KEYS, RESIDUAL_FO
 from perflow_diffusers.weights.header_facts import for_new_tensors
 from perflow_diffusers.weights.lora import RESIDUAL, as_delta, open_residual
 from perflow_diffusers.weights.lora_layers import ADAPTER_METADATA, warn_of_bundled
-from perflow_diffusers.weights.plan import checked_scale
+from perflow_diffusers.weights.scales import strength_of
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
 from perflow_diffusers.weights.writer import File, Spec, check_target, write_safetensors, write_together
 
@@ -126,7 +126,9 @@ def _checked(
         raise DeltaError(
             "sources is not a list of LoRAs or deltas. Pass e.g. combine([first, second], out, [1, 0.8])."
         )
-    factors = tuple(checked_scale(scale) for scale in (scales if scales is not None else [1.0] * len(sources)))
+    factors = tuple(
+        strength_of(scale, ()).of("") for scale in (scales if scales is not None else [1.0] * len(sources))
+    )
     if len(factors) != len(sources):
         raise DeltaError(
             f"{len(sources)} sources and {len(factors)} scales. Pass one scale for each, in the same order."

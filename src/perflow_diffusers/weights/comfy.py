@@ -13,6 +13,7 @@ import torch
 
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import DeltaError
+from perflow_diffusers.weights.header_facts import OF_BYTES
 from perflow_diffusers.weights.lora import as_delta
 from perflow_diffusers.weights.pack import checked_delta
 from perflow_diffusers.weights.source import WeightSource, open_weights
@@ -31,7 +32,7 @@ _KNOWN = re.compile(
     r"|conv_in|conv_norm_out|conv_out|(time|add|class)_embedding\.linear_[12]"
 )
 _SUFFIXES = {"weight": "diff", "bias": "diff_b"}
-_TIED_TO_FORM = ("perflow_format", "dtype")  # what a header says of the tensors that are no longer there
+_TIED_TO_FORM = ("perflow_format", "dtype", *OF_BYTES)  # what a header says of the tensors that are no longer there
 
 
 def delta_for_comfy(
