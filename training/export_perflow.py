@@ -22,7 +22,7 @@ from perflow_training.run_folder import STATE, checked, checkpoints, is_checkpoi
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or the run's: then its latest one")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or the run's: then its newest good one")
     parser.add_argument("--out", type=Path, help="folder to write to (default: <checkpoint>/export)")
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS), help="what to write (default: all)")
     parser.add_argument("--rank", type=int, default=64, help="of the extracted LoRA (default 64)")

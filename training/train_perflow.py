@@ -109,11 +109,14 @@ def _run(config: TrainingConfig, accelerator: Accelerator, stopping: Stopping) -
         on_log = append_log(out / "log.jsonl", trainer.step) if accelerator.is_main_process else None
         weights = trainer.train(on_log)
     except Stopped as stopped:
-        stopped.kept = _kept(trainer)
+        stopped.kept = _kept(trainer, trainer.saved or start.folder)
         raise
     finally:
         feed.close()
-        accelerator.end_training()
+        try:
+            accelerator.end_training()
+        except OSError as error:  # of a tracker; the product is still to be written
+            logger.warning("The last lines of `report_to` could not be written (%s).", error)
     if accelerator.is_main_process:
         _export(config, trainer, weights, stopping)
 
@@ -133,12 +136,14 @@ def _export(config: TrainingConfig, trainer: Trainer, weights: dict, stopping: S
             raise Stopped(stopping.asked)
         base = load_pipeline(config, encoders=False, folder=trainer.base)
         paths = write_products(config, weights, out, forms, base=base)
+        mark_finished(out, trainer.step)
     except Stopped as stopped:
         stopped.kept = f"The training is done, its product is not written. {again}"
         raise
     except Exception as error:
+        if not isinstance(error, (OSError, ValueError)):
+            logger.exception("The product could not be written:")
         raise NotExported(f"The training is done, but its product could not be written ({error}). {again}") from error
-    mark_finished(out, trainer.step)
     print("\n".join(f"{form}: {path}" for form, path in paths.items()))
 
 
@@ -147,14 +152,14 @@ def _export_command(checkpoint: Path, out: Path, forms: Sequence[str]) -> str:
     return shlex.join(["python", script, str(checkpoint), "--out", str(out), "--form", *forms])
 
 
-def _kept(trainer: Trainer) -> str:
+def _kept(trainer: Trainer, saved: Path | None) -> str:
     """What a signal has left, for its last message."""
-    step, saved = trainer.step, trainer.saved
+    step = trainer.step
     if saved is None:
         return f"Nothing is saved: step {step}." if step else "Nothing is saved: no step had been taken."
     lost = step - step_of(saved)
     said = f"Saved: {saved}; the same command with resume_from_checkpoint=latest goes on from there."
-    return f"{said} The last {lost} steps are lost." if lost else said
+    return f"{said} The last {lost} steps are lost." if lost > 0 else said
 
 
 def _accelerator(config: TrainingConfig) -> Accelerator:

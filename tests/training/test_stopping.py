@@ -1,6 +1,8 @@
 """Signals: remembered until a step is over, agreed on, and an end at once where nothing is to be saved."""
 
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -133,6 +135,44 @@ def test_a_signal_while_a_checkpoint_is_written_leaves_one_that_is_whole(ends, t
     monkeypatch.setattr(checkpoint, "write_manifest", told)
     assert ends("checkpointing_steps=2", "max_train_steps=4") == 128 + signal.SIGUSR1
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+
+
+BRIEF = """
+import fcntl, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+import train_perflow
+from perflow_training.trainer import Trainer
+step, reached = Trainer._step, open(sys.argv.pop(1), "w")
+def slow(self, log):
+    norm = step(self, log)
+    print("step", self.step, file=reached, flush=True)
+    time.sleep(0.3)
+    return norm
+Trainer._step = slow
+train_perflow.main()
+"""
+
+
+def test_a_lost_terminal_ends_the_run_with_a_checkpoint(tmp_path):
+    """A closed connection: after the signal, every word to the terminal is an error."""
+    reached = tmp_path / "reached"
+    reached.touch()
+    words = [sys.executable, "-c", BRIEF, str(reached), *options(tmp_path / "out", "max_train_steps=1000")]
+    environment = {**os.environ, "PYTHONPATH": str(TRAINING), "PYTHONWARNINGS": "ignore"}
+    outside, inside = pty.openpty()
+    running = subprocess.Popen(
+        words, env=environment, stdin=inside, stdout=inside, stderr=inside, start_new_session=True
+    )
+    os.close(inside)
+    try:
+        while running.poll() is None and not reached.read_text():
+            if select.select([outside], [], [], 0.1)[0]:
+                os.read(outside, 1 << 16)
+        os.close(outside)
+        assert running.wait(timeout=60) == 128 + signal.SIGHUP
+    finally:
+        running.kill()
+    assert len(checkpoints(tmp_path / "out")) == 1
 
 
 def test_a_second_ctrl_c_ends_a_long_step_at_once(tmp_path):

@@ -81,7 +81,7 @@ def save_checkpoint(
 
     def hashed() -> dict[str, dict]:
         # its share of the files, so that no process waits for one that reads them all
-        return entries(temporary, files_of(temporary)[accelerator.process_index :: accelerator.num_processes])
+        return entries(temporary, names[accelerator.process_index :: accelerator.num_processes])
 
     def finish() -> None:
         if main:
@@ -94,6 +94,8 @@ def save_checkpoint(
     try:
         on_all(accelerator, begin)
         on_all(accelerator, write)
+        # a network disk may show a process its own files first
+        names = sorted(set(gather_object(on_all(accelerator, lambda: files_of(temporary)))))
         files = dict(gather_object(list(on_all(accelerator, hashed).items())))
         on_all(accelerator, finish)
     except FailedSomewhere as error:

@@ -15,10 +15,9 @@ THREADS = 4  # hashing leaves the interpreter free
 
 
 def files_of(folder: Path) -> list[str]:
-    """The files in and below `folder` that a manifest lists, by name, largest first."""
+    """The files in and below `folder` that a manifest lists, by name."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
-    paths.sort(key=lambda path: (-path.stat().st_size, path))
-    return [path.relative_to(folder).as_posix() for path in paths]
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def entries(folder: Path, names: Iterable[str]) -> dict[str, dict]:

@@ -1,8 +1,10 @@
 """Signals that tell a run to end: remembered until the running step is over, and agreed on by all processes."""
 
+import contextlib
 import logging
 import os
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -74,8 +76,11 @@ class Stopping:
         first, self.asked = not self.asked, self.asked or number
         if number == signal.SIGINT:  # by the system itself, for this process may wait for another one
             signal.signal(number, signal.SIG_DFL)
-        if first and self.speaks:
-            os.write(2, f"\n{_announcement(number)}\n".encode())  # logging may be what was interrupted
+        if signal.Signals(number).name == "SIGHUP":
+            _leave_terminal()
+        elif first and self.speaks:
+            with contextlib.suppress(OSError):  # logging may be what was interrupted
+                os.write(2, f"\n{_announcement(number)}\n".encode())
 
     def agreed(self) -> int:
         """The signal that any process has had, 0 for none: the same on all, which must all call this.
@@ -97,6 +102,16 @@ class Stopping:
             return 0
         former[1].synchronize()
         return int(former[0])
+
+
+def _leave_terminal() -> None:
+    """Sends what would go to a lost terminal nowhere: each line to it would be an error, and end the run unsaved."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(number).st_mode):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)
+                os.close(nowhere)
 
 
 def _announcement(number: int) -> str:

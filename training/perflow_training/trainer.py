@@ -272,7 +272,10 @@ class Trainer:
                 flat |= {f"{name}/window_{i}": item for i, item in enumerate(value, 1) if item is not None}
             elif value is not None:
                 flat[name] = value
-        self.accelerator.log(flat, step=self.step)
+        try:
+            self.accelerator.log(flat, step=self.step)
+        except OSError as error:  # a full disk is no reason to end a run
+            logger.warning("`report_to=%s` could not be written to (%s).", self.config.report_to, error)
 
     def _validated(self, on_log: Callable[[int, dict], None] | None) -> int:
         """Draws and logs; returns the signal that ended it before, 0 for none."""
