@@ -167,6 +167,19 @@ ON = {
 }
 
 
+NOT_MERGED = ("alora_invocation_tokens", "arrow_config", "use_qalora")
+
+
+def test_merging_is_advised_where_peft_merges():
+    """aLoRA, Arrow and QALoRA raise in PEFT's own merge."""
+    from peft.tuners.lora import variants
+
+    for variant in (variants.ALoraLinearVariant, variants.ArrowLinearVariant, variants.QALoraLinearVariant):
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"support|Cannot merge"):
+            variant.merge_safe(None, "default", torch.ones(1))
+    assert set(NOT_MERGED) <= set(table.REFUSED)
+
+
 @pytest.mark.parametrize("init", ["corda", "lora_ga", "loftq", "PISSA", "init_of_next_year", 7])
 def test_initialisations_that_need_data_or_quantisers_are_refused_too(unet, factors, tmp_path, init):
     """By PEFT's source: CorDA and LoRA-GA subtract from the base, LoftQ replaces it; an unknown one may do either."""
@@ -195,7 +208,8 @@ def test_what_is_not_understood_is_an_error(unet, bits, same, factors, tmp_path,
         lambda: merge_files(tmp_path / "base.safetensors", path, out),
         lambda: convert_lora(path, out, "kohya"),
     ):
-        with pytest.raises(WeightSourceError, match=f"{field}=.*merge_and_unload.*compute_delta"):
+        way_out = "Use it with PEFT" if field in NOT_MERGED else r"merge_and_unload.*compute_delta"
+        with pytest.raises(WeightSourceError, match=f"{field}=.*{way_out}"):
             call()
     assert same(bits(unet), before) and not out.exists()
 

@@ -319,9 +319,10 @@ def test_text_encoder_layers_of_a_loha_are_left_out_with_advice_that_works(unet)
 
 
 def test_extraction_and_smaller_forms_take_them_as_deltas(unet, make_unet, tmp_path):
-    """A LoHa is a delta like any other: at full rank the LoRA of it is it."""
-    saved(peft_adapter(unet, "loha", {"target_modules": ["to_q", "to_out.0"]}), tmp_path / "loha")
-    extract_lora(tmp_path / "loha", tmp_path / "l.safetensors", rank=16, exact=True, dtype=torch.float32)
+    """A LoHa is a delta like any other, its flat convolutions too: at full rank the LoRA of it is it."""
+    targets = ["to_q", "to_out.0", "conv1", "conv_in", "conv_shortcut", "downsamplers.0.conv"]
+    saved(peft_adapter(unet, "loha", {"target_modules": targets}), tmp_path / "loha")
+    extract_lora(tmp_path / "loha", tmp_path / "l.safetensors", rank=64, exact=True, dtype=torch.float32)
     other = make_unet()
     merge_delta(unet, tmp_path / "loha")
     merge_delta(other, tmp_path / "l.safetensors")

@@ -88,6 +88,7 @@ REFUSED = {
     "kasa_config": "drops singular values of the base weights and has a factor between the two of a LoRA",
 }
 
+_NOT_MERGED = frozenset({"alora_invocation_tokens", "arrow_config", "use_qalora"})  # PEFT raises, by its source
 # PEFT's `save_pretrained` turns these into plain LoRAs when it is asked to.
 _CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
 _HARMLESS_INITS = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal", "mica")
@@ -179,7 +180,8 @@ def _read(source: WeightSource, component: str, config: Mapping[str, Any]) -> Ad
             what = f"has {name}={_shown(value)}, which {REFUSED[name]}"
         else:
             what = f"has {name}={_shown(value)}, a setting of PEFT that is not known here and may change its meaning"
-        raise WeightSourceError(f"{source.name} ({component}) {what}. To use it, {_FUSE}.")
+        way_out = "Use it with PEFT, which cannot merge it either" if name in _NOT_MERGED else f"To use it, {_FUSE}"
+        raise WeightSourceError(f"{source.name} ({component}) {what}. {way_out}.")
     alpha = config.get("lora_alpha", config.get("alpha"))
     rank = config.get("r")
     return AdapterConfig(

@@ -22,6 +22,8 @@ from perflow_diffusers.weights.source import WeightSource
 _Shape = tuple[int, ...]
 _Parts = Mapping[str, str]  # role -> key in the source
 
+# Modules that are convolutions in every UNet of these families -> the size of their kernel.
+_KERNELS = {**dict.fromkeys(("conv", "conv1", "conv2", "conv_in", "conv_out"), 3), "conv_shortcut": 1}
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
@@ -112,8 +114,14 @@ def bias_layers(kin: Kin, pairs: Iterable[LoraLayer]) -> tuple[KinLayer, ...]:
 
 
 def kin_shape(source: WeightSource, layer: KinLayer, wanted: _Shape | None) -> _Shape:
-    """Shape of the parameter that a layer changes: `wanted` (the model's) if the numbers fit it."""
+    """Shape of the parameter that a layer changes: `wanted` (the model's) if the numbers fit it.
+
+    Without a model the name tells the kernel of a convolution that the factors hold as a matrix.
+    """
     shape = _SHAPES[layer.kind](source, layer.parts)
+    kernel = _KERNELS.get(layer.module.rpartition(".")[2])
+    if wanted is None and len(shape) == 2 and kernel is not None and shape[1] % kernel**2 == 0:
+        return (shape[0], shape[1] // kernel**2, kernel, kernel)
     same = wanted is not None and wanted[:1] == shape[:1] and torch.Size(wanted).numel() == torch.Size(shape).numel()
     return wanted if same and wanted is not None else shape
 

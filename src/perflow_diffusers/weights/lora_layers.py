@@ -167,7 +167,7 @@ def _refuse_unknown(source: WeightSource, unknown: list[str]) -> None:
         way_out = (
             "Put `text_encoder.` or `text_encoder_2.` before its names."
             if what == lora_names.UNNAMED_TEXT
-            else "Use it with `load_lora_weights` of its own pipeline."
+            else "Use it with the pipeline or the tool that it was made for."
         )
         raise WeightSourceError(
             f"{source.name} is a LoRA for {what}: {len(found)} tensors, {keys.grouped(found[:1])}. {known} {way_out}"
