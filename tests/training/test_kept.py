@@ -7,6 +7,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,17 @@ def test_an_export_that_fails_says_how_to_do_it_again_and_that_works(original, t
     assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
+def test_a_signal_while_the_product_is_written_says_the_same(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(train_perflow, "write_products", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(sys, "argv", ["train_perflow.py", *options(tmp_path / "out", "max_train_steps=1")])
+    with pytest.raises(SystemExit) as stop:
+        train_perflow.main()
+    assert stop.value.code == 143
+    assert "SIGTERM: the run has ended. The training is done, its product is not written." in caplog.text
+    assert "export_perflow.py" in caplog.text
+    assert names(tmp_path / "out") == ["checkpoint-1"]
+
+
 def test_a_run_that_was_killed_in_its_export_writes_the_product_when_it_is_started_again(finished, original, caplog):
     shutil.rmtree(finished / "unet")
     (finished / "finished.json").unlink()
@@ -175,12 +187,27 @@ def test_a_disk_that_takes_no_checkpoint_does_not_end_the_run(tmp_path, monkeypa
     assert not list(out.glob(".*"))
 
 
-def test_a_log_line_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, caplog):
-    step, log = Trainer._step, tmp_path / "out" / "log.jsonl"
-    monkeypatch.setattr(Trainer, "_step", lambda self, lines: log.mkdir() or step(self, lines))
-    train(tmp_path / "out", "max_train_steps=1")
-    assert "log.jsonl cannot be written" in caplog.text
-    assert (tmp_path / "out" / "finished.json").is_file()
+def test_nothing_that_is_only_looked_at_ends_a_run(tmp_path, monkeypatch, caplog):
+    """The log, the validation pictures, and trackers, which write when they are told to and when they are closed."""
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    step, out = Trainer._step, tmp_path / "out"
+
+    def in_the_way(self, lines):
+        (out / "log.jsonl").mkdir()
+        (out / "validation").touch()
+        return step(self, lines)
+
+    monkeypatch.setattr(Trainer, "_step", in_the_way)
+    monkeypatch.setattr(checkpoint.Accelerator, "log", full)
+    monkeypatch.setattr(checkpoint.Accelerator, "end_training", full)
+    train(out, "max_train_steps=1", "validation_steps=1", "validation_prompts=[a dog]",
+          "validation_samplings=[[4, 4.5]]", "validation_teacher_steps=1")  # fmt: skip
+    for said in ("log.jsonl cannot be written", "picture of step 1", "`report_to=none`", "The last lines of"):
+        assert said in caplog.text
+    assert (out / "finished.json").is_file()
 
 
 HUB = """

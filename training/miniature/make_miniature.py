@@ -5,6 +5,7 @@ python training/miniature/make_miniature.py --only disco perflow
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -47,6 +48,9 @@ def main() -> None:
     for stage, commands in STAGES.items():
         if args.only and stage not in args.only:
             continue
+        if stage == "perflow" and (RUNS / stage).exists():  # its base has been trained anew: no run to go on with
+            print(f"[{stage}] deletes the former run in {RUNS / stage}", flush=True)
+            shutil.rmtree(RUNS / stage)
         began = time.time()
         for command in commands:
             print(f"[{stage}] {' '.join(Path(str(word)).name for word in command[:1])}", flush=True)
