@@ -14,9 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 
 from perflow_training.backbone import teacher_of
@@ -24,6 +22,7 @@ from perflow_training.config import ConfigError, TrainingConfig, load_config, re
 from perflow_training.data import DataError
 from perflow_training.draws import Draws
 from perflow_training.feed import CachedFeed, EncodedFeed, Feed
+from perflow_training.launch import make_accelerator, with_launcher
 from perflow_training.log import append_log
 from perflow_training.processes import by_main, check_number, claimed
 from perflow_training.product import folder_of, load_pipeline, write_products
@@ -74,10 +73,11 @@ def run(config: TrainingConfig) -> None:
     Raises ConfigError or DataError for what cannot be used, TrainingStopped for a run that cannot become good, Stopped
     if a signal ended it, and NotExported if only the product could not be written.
     """
+    config = with_launcher(config)
     find_checkpoint(config)  # a wrong name is refused before anything is loaded
     with Stopping() as stopping:
         try:
-            accelerator = _accelerator(config)
+            accelerator = make_accelerator(config)
             check_number(accelerator)
             stopping.among(accelerator.num_processes, accelerator.process_index, accelerator.device)
             with claimed(accelerator, Path(config.output_dir)):
@@ -162,26 +162,6 @@ def _kept(trainer: Trainer, saved: Path | None) -> str:
     return f"{said} The last {lost} steps are lost." if lost > 0 else said
 
 
-def _accelerator(config: TrainingConfig) -> Accelerator:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    available = {kind.value for kind in get_available_trackers()}
-    for name in trackers(config):
-        if name not in available:  # accelerate itself would leave it out without a word
-            raise ConfigError(f"`report_to={config.report_to}` needs the package {name}: pip install {name}.")
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=trackers(config) or None,
-            project_dir=config.output_dir,
-        )
-    except ValueError as error:  # fp16 on a CPU, for example
-        raise ConfigError(f"`mixed_precision={config.mixed_precision}` is not possible here: {error}") from error
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError("`mixed_precision=fp16` needs a GPU. Take bf16 or no on a CPU.")
-    return accelerator
-
-
 def _trainer(
     config: TrainingConfig, accelerator: Accelerator, draws: Draws, stopping: Stopping
 ) -> tuple[Trainer, Feed]:
@@ -199,7 +179,7 @@ def _trainer(
         height, width = (size, size) if isinstance(size, int) else size
         feed = CachedFeed((pipe.unet.config.in_channels, height, width), config, draws, accelerator.device)
     else:
-        dtype = DTYPES[config.mixed_precision]
+        dtype = DTYPES[accelerator.mixed_precision]
         for name, part in pipe.components.items():
             if name.startswith("text_encoder") and part is not None:
                 part.to(accelerator.device, dtype).eval().requires_grad_(False)

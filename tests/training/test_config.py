@@ -158,7 +158,7 @@ def test_a_config_survives_json():
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed_zero2", "DEEPSPEED"), ("deepspeed_zero3", "DEEPSPEED")],
+    [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")],
 )
 def test_launch_configs_are_what_accelerate_reads(name, kind):
     launch = load_config_from_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
@@ -167,5 +167,3 @@ def test_launch_configs_are_what_accelerate_reads(name, kind):
         assert launch.fsdp_config["fsdp_version"] == 2
         blocks = set(launch.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(","))
         assert blocks <= {type(module).__name__ for module in load_miniature().unet.modules()}
-    if name.startswith("deepspeed"):
-        assert launch.deepspeed_config["zero_stage"] == int(name[-1])

@@ -1,5 +1,6 @@
 """Solved windows, and the bounded buffer that trains on each of them several times before it is replaced."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ class SolvedWindows:
     """`z_start`, `z_end` (B, C, H, W); `start`, `end` (B,) path indices, on the CPU; `cond` of T rows.
 
     T divides B: row i has the conditions i mod T, for the windows of T trajectories stand one after the other.
+    `names` (T, or none) say which examples they were made of.
     """
 
     z_start: Tensor
@@ -23,6 +25,7 @@ class SolvedWindows:
     start: Tensor
     end: Tensor
     cond: Conditions
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.start)
@@ -31,7 +34,8 @@ class SolvedWindows:
         """The rows at an index tensor, each with conditions of its own."""
         place = index.to(self.z_start.device)
         cond = self.cond[place % len(self.cond)]
-        return SolvedWindows(self.z_start[place], self.z_end[place], self.start[index], self.end[index], cond)
+        names = tuple(self.names[i % len(self.names)] for i in index.tolist()) if self.names else ()
+        return SolvedWindows(self.z_start[place], self.z_end[place], self.start[index], self.end[index], cond, names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +77,12 @@ class _Shelf:
             self.start[index],
             self.end[index],
             Conditions(**{name: gathered([one[name] for one in held], conditions) for name in held[0]}),
+            tuple(self._name(*place) for place in zip(solve.tolist(), self.cond[index].tolist(), strict=True)),
         )
+
+    def _name(self, solve: int, trajectory: int) -> str:
+        names = self.solves[solve].names
+        return names[trajectory] if names else "one that an older checkpoint does not name"
 
 
 class WindowBuffer:
@@ -165,6 +174,7 @@ class WindowBuffer:
             rows = {"z_start": solve.z_start, "z_end": solve.z_end, "start": solve.start, "end": solve.end}
             # the windows of a trajectory share its conditions: stored once
             rows |= {f"cond.{name}": part[: self.trajectories] for name, part in solve.cond.tensors().items()}
+            rows["names"] = _bytes_of(solve.names[: self.trajectories])
             tensors |= {f"{i}.{name}": part.contiguous() for name, part in rows.items()}
         counts = {"credit": self.credit, "solved": self.solved, "number": self.number, "solves": len(self.solves)}
         return tensors, counts
@@ -175,12 +185,22 @@ class WindowBuffer:
         for i in range(counts["solves"]):
             parts = {name.removeprefix(f"{i}."): value for name, value in tensors.items() if name.startswith(f"{i}.")}
             cond = {name[5:]: parts.pop(name).to(device) for name in list(parts) if name.startswith("cond.")}
+            names = _names_of(parts["names"]) if "names" in parts else ()
             self.solves.append(
                 SolvedWindows(
                     parts["z_start"].to(device), parts["z_end"].to(device), parts["start"], parts["end"],
-                    Conditions(**cond),
+                    Conditions(**cond), names,
                 )
             )  # fmt: skip
         self.credit, self.solved, self.number = counts["credit"], counts["solved"], counts["number"]
         if self.lanes:
             self._arrange()
+
+
+def _bytes_of(names: tuple[str, ...]) -> Tensor:
+    """Texts as a tensor of bytes (JSON), which a file of tensors can hold."""
+    return torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
+
+
+def _names_of(stored: Tensor) -> tuple[str, ...]:
+    return tuple(json.loads(stored.numpy().tobytes()))

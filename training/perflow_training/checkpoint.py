@@ -19,7 +19,6 @@ from .run_folder import STATE, checkpoint_name, keep_newest, put_in_place, write
 from .student import load_trained, trained
 
 CONFIG, EMA, STUDENT = "config.json", "ema.safetensors", "student.safetensors"
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class CheckpointNotWritten(OSError):
@@ -42,7 +41,7 @@ def use_trained_weights_only(accelerator: Accelerator) -> None:
         while models:
             load_trained(accelerator.unwrap_model(models.pop()), load_file(Path(folder) / STUDENT))
 
-    if accelerator.distributed_type not in SHARDED:
+    if accelerator.distributed_type != DistributedType.FSDP:
         accelerator.register_save_state_pre_hook(save)
         accelerator.register_load_state_pre_hook(load)
 

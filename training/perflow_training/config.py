@@ -80,10 +80,10 @@ class TrainingConfig(DataOptions):
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     # speed and memory
-    mixed_precision: str = "no"  # no, fp16 or bf16; the teacher is kept in it, the student's weights stay float32
+    mixed_precision: str | None = None  # no, fp16, bf16 (teacher kept in it, student float32); null: launcher's
     allow_tf32: bool = False
     gradient_checkpointing: bool = False
-    torch_compile: bool = False  # teacher and student
+    torch_compile: bool = False  # teacher and student; also where the launcher asks for inductor
     # checkpoints
     checkpointing_steps: int = 0  # 0: only at the end, and when the run is told to stop
     checkpoints_total_limit: int | None = None  # those that were written before are deleted
@@ -92,6 +92,7 @@ class TrainingConfig(DataOptions):
     logging_steps: int = 50
     report_to: str = "none"  # none, tensorboard, wandb, or several with commas; output_dir/log.jsonl is always written
     tracker_project_name: str = "perflow"
+    skip_nonfinite: int = 0  # steps with a loss or gradient that is no number, left out before the run ends
     divergence_steps: int = 500  # a loss above its start for so many steps ends the run; 0: never
     divergence_factor: float = 1.25  # how far above
     validation_steps: int = 0  # 0: no validation pictures
@@ -131,7 +132,7 @@ CHOICES = {
     "reweighting_scheme": ("none", "reciprocal", "rcp_win"),
     # piecewise_constant needs rules that have no option
     "lr_scheduler": tuple(kind.value for kind in SchedulerType if kind.value != "piecewise_constant"),
-    "mixed_precision": ("no", "fp16", "bf16"),
+    "mixed_precision": (None, "no", "fp16", "bf16"),
 }
 SHARES = ("caption_dropout", "data_starts", "timestep_starts", "timestep_grid", "lora_dropout")
 AT_LEAST_ONE = (
@@ -140,7 +141,7 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "learning_rate", "lr_warmup_steps", "lora_rank", "lora_alpha", "discrete_timesteps", "checkpointing_steps",
-    "divergence_steps", "validation_steps", "adam_weight_decay",
+    "divergence_steps", "skip_nonfinite", "validation_steps", "adam_weight_decay",
 )  # fmt: skip
 POSITIVE = ("huber_c", "adam_epsilon", "max_grad_norm", "divergence_factor")
 DECAYS = ("adam_beta1", "adam_beta2", "ema_decay")
@@ -274,7 +275,8 @@ def _check(config: TrainingConfig) -> None:
     """ConfigError naming the first option that cannot work."""
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
-            raise ConfigError(f"`{name}={getattr(config, name)!r}` is not one of {', '.join(choices)}.")
+            known = ", ".join(choice for choice in choices if choice is not None)
+            raise ConfigError(f"`{name}={getattr(config, name)!r}` is not one of {known}.")
     for name in SHARES:
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"`{name}={getattr(config, name)}` is a share and must lie in 0..1.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Protocol
 
 import torch
@@ -17,15 +18,20 @@ from .data.encoders import model_identity
 from .draws import Draws
 
 Shape = tuple[int, int, int]
+CAPTION = 100  # characters of a caption that name an example
 
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """`cond` of B rows, the latents' `shape` (C, h, w), and the data's `latents` (B, C, h, w) where they are used."""
+    """`cond` of B rows, the latents' `shape` (C, h, w), and the data's `latents` (B, C, h, w) where they are used.
+
+    `names` (B) say which examples these are, for people.
+    """
 
     cond: Conditions
     shape: Shape
     latents: Tensor | None = None
+    names: tuple[str, ...] = ()
 
 
 class Feed(Protocol):
@@ -69,11 +75,12 @@ class EncodedFeed:
         height, width = examples[0].target_size
         factor = self.pipe.vae_scale_factor
         shape = (self.channels, height // factor, width // factor)
+        names = tuple(f"{shorten(e.caption, CAPTION, placeholder=' ...')!r} ({e.name})" for e in examples)
         if not with_latents:
-            return Material(cond, shape)
+            return Material(cond, shape, None, names)
         images = torch.stack([example.image for example in examples])
         noise = self.draws.normal("posterior", number, (count, *shape))
-        return Material(cond, shape, encode_images(self.pipe, images, noise))
+        return Material(cond, shape, encode_images(self.pipe, images, noise), names)
 
     def state_dict(self) -> dict:
         return self.stream.state_dict()
@@ -115,9 +122,9 @@ class CachedFeed:
         batch = self.stream.batch(count)
         cond = Conditions(batch.prompt_embeds, batch.pooled, batch.add_time_ids).to(self.device)
         if batch.latents is None:
-            return Material(cond, self.shape)
+            return Material(cond, self.shape, None, batch.names)
         channels, height, width = batch.latents.shape[1:]
-        return Material(cond, (channels, height, width), batch.latents if with_latents else None)
+        return Material(cond, (channels, height, width), batch.latents if with_latents else None, batch.names)
 
     def state_dict(self) -> dict:
         return self.stream.state_dict()

@@ -66,6 +66,7 @@ class StepLog:
             "solved": trainer.buffer.solved,
             "samples_per_second": count / seconds,
             **trainer.feed.describe(),
+            **trainer.nonfinite.describe(),
         }
         self.sums.zero_()
         self.steps, self.began, self.solved_before = 0, time.perf_counter(), trainer.solve_seconds

@@ -1,11 +1,14 @@
 """The network that is trained, a copy of the teacher's or its own weights with a LoRA; and its optimiser."""
 
 import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .config import ConfigError, TrainingConfig
 
@@ -66,6 +69,38 @@ def load_trained(network: nn.Module, weights: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)
+
+
+@contextmanager
+def values_in_place(network: nn.Module, values: Iterable[Tensor]) -> Iterator[None]:
+    """The trained parameters of `network` hold `values` meanwhile; what they held waits on the CPU."""
+    _scatter(network)
+    mine = [_local(parameter) for parameter in trained(network).values()]
+    held = [tensor.cpu().clone() for tensor in mine]
+    _fill(network, mine, map(_local, values))
+    try:
+        yield
+    finally:
+        _fill(network, mine, held)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's own part: operations on sharded tensors are not all there (`_foreach_copy_` is not)."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
+
+
+@torch.no_grad()
+def _fill(network: nn.Module, tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+    _scatter(network)
+
+
+def _scatter(network: nn.Module) -> None:
+    """Gives up what a forward without gradients left gathered: the outermost parameters, as they were at that time."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

@@ -29,6 +29,7 @@ from .config import TrainingConfig
 from .draws import Draws
 from .feed import Feed
 from .log import StepLog
+from .nonfinite import NonFinite
 from .objective import (
     Guidance,
     draw_timesteps,
@@ -43,7 +44,7 @@ from .objective import (
 from .processes import by_main
 from .run_folder import begin_branch
 from .stopping import Stopped, Stopping
-from .student import DTYPES, build_student, make_optimizer, trained
+from .student import DTYPES, build_student, make_optimizer, trained, values_in_place
 from .watch import Watch, answers_zero, check_start, expectation
 
 logger = logging.getLogger(__name__)
@@ -76,16 +77,13 @@ class Trainer:
             validate,
         )
         self.windows = windows_of(config, teacher.path.num_train_timesteps)
-        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        dtype = DTYPES[config.mixed_precision]
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        dtype = DTYPES[accelerator.mixed_precision]
         teacher.network.to(accelerator.device)
         if config.lora_rank:  # the student shares the frozen weights
             _cast(teacher.network, dtype)
         network = build_student(teacher.network, config, share=not sharded)
         _cast(teacher.network, dtype).eval().requires_grad_(False)
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            plugin = accelerator.state.deepspeed_plugin
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
         self.network, self.optimizer = accelerator.prepare(network, make_optimizer(network, config))
         # not prepared: accelerate would step it once for each process, and the schedule would depend on their number
         self.schedule = get_scheduler(
@@ -113,6 +111,7 @@ class Trainer:
         self.step = 0
         self.weights = torch.ones(self.windows.num_windows)
         self.watch = Watch(config, [0.0] * self.windows.num_windows)
+        self.nonfinite = NonFinite(accelerator, config.skip_nonfinite)
         self.stopping = stopping or Stopping()
         self.base: Path | None = None  # the folder that the teacher was read from, for the export
         self.saved: Path | None = None  # the checkpoint of this run that was written last
@@ -131,7 +130,7 @@ class Trainer:
         else:
             solved = solve_trajectories(*arguments, noise, cond, self.feed.uncond, guidance)
         self.solve_seconds += self._now() - began
-        return solved
+        return replace(solved, names=material.names)
 
     def _conditions(self, cond, number: int, shape) -> tuple:
         """(conditions with dropped captions, guidance, noise) of a solve."""
@@ -181,7 +180,7 @@ class Trainer:
                 losses, index = self._losses(batch, -1, self.plain_student)
                 zeros, _ = self._losses(batch, -1, answers_zero)
             totals += _per_window(self.windows.num_windows, index, losses.cpu(), zeros.cpu(), torch.ones(len(index)))
-        check_start(self.plain_student, self.plain_teacher, batch, self.config.mixed_precision == "no")
+        check_start(self.plain_student, self.plain_teacher, batch, self.accelerator.mixed_precision == "no")
         self.network.train()
         loss, zero, count = self.accelerator.reduce(totals.to(self.accelerator.device), "sum").cpu()
         weight = self.weights * count.clamp(min=1)
@@ -230,14 +229,17 @@ class Trainer:
                 if self.step % config.logging_steps == 0 or last:
                     values = log.take(norm)
                     progress.set_postfix(loss=" ".join("-" if x is None else f"{x:.4f}" for x in values["loss"]))
-                    self.watch.look(self.step, log.weighted(values["loss"]), values["grad_norm"])
+                    with self.nonfinite.named():
+                        self.watch.look(self.step, log.weighted(values["loss"]), values["grad_norm"])
+                    self.nonfinite.looked()
                     self._tell(values, on_log)
                 told = self.stopping.agreed()
                 if config.validation_steps and self.step % config.validation_steps == 0 and self.validate is not None:
                     told = told or self._validated(on_log) or self.stopping.agreed()
                 due = config.checkpointing_steps and self.step % config.checkpointing_steps == 0
                 if due or last or told:
-                    log.check(norm)
+                    with self.nonfinite.named():
+                        log.check(norm)
                     self.save()
                     told = told or self.stopping.agreed()
         if told:
@@ -245,22 +247,31 @@ class Trainer:
         return self.ema_weights()
 
     def _step(self, log: StepLog) -> Tensor | float | None:
-        """One optimiser step; returns the gradient norm."""
-        config, accelerator, norm = self.config, self.accelerator, None
+        """One optimiser step; returns the gradient norm, None for a step that was left out."""
+        config, accelerator, norm, left_out = self.config, self.accelerator, None, False
+        indices, parts = [], []
         for part in range(config.gradient_accumulation_steps):
             micro = self.step * config.gradient_accumulation_steps + part
             batch = self.buffer.batch(config.train_batch_size, micro)
             with accelerator.accumulate(self.network):
                 losses, index = self._losses(batch, micro, self.student)
                 accelerator.backward(losses.mean())
+                indices.append(index)
+                parts.append((batch.names, losses.detach()))
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.network.parameters(), config.max_grad_norm)
-                self.optimizer.step()
+                    left_out = self.nonfinite.leave_out(self.step + 1, norm, parts)
+                if not left_out or accelerator.scaler is not None:  # a scaler leaves such steps out itself
+                    self.optimizer.step()
                 self.optimizer.zero_grad()
-            log.add(index, losses.detach())
         self.schedule.step()
-        self.ema.step(self.parameters.values())
         self.step += 1
+        if left_out:
+            return None
+        for index, (_, losses) in zip(indices, parts, strict=True):
+            log.add(index, losses)
+        self.nonfinite.add(self.step, norm, parts)
+        self.ema.step(self.parameters.values())
         return norm
 
     def _tell(self, values: dict, on_log: Callable[[int, dict], None] | None) -> None:
@@ -279,17 +290,14 @@ class Trainer:
 
     def _validated(self, on_log: Callable[[int, dict], None] | None) -> int:
         """Draws and logs; returns the signal that ended it before, 0 for none."""
-        parameters = list(self.parameters.values())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
         self.network.eval()
         try:
-            values = self.validate(self.step, self.plain_student)
+            with values_in_place(self.accelerator.unwrap_model(self.network), self.ema.shadow_params):
+                values = self.validate(self.step, self.plain_student)
         except Stopped as stopped:
             return stopped.signal
         finally:
             self.network.train()
-            self.ema.restore(parameters)
         self._tell(values, on_log)
         return 0
 
@@ -307,6 +315,7 @@ class Trainer:
             "weights": self.weights.tolist(),
             "untrained": self.watch.untrained,
             "above_since": self.watch.above_since,
+            "skipped": self.nonfinite.skipped,
             "solve_seconds": self.solve_seconds,
             "base_folder": None if self.base is None else str(self.base),
         }
@@ -331,6 +340,7 @@ class Trainer:
         self.step, self.solve_seconds = state["step"], state["solve_seconds"]
         self.weights = torch.tensor(state["weights"])
         self.watch.untrained, self.watch.above_since = state["untrained"], state["above_since"]
+        self.nonfinite.skipped = state.get("skipped", 0)
         self.saved = folder
         logger.info("resumed from %s at step %d", folder, self.step)
         serious = [c for c in changed if not c.startswith(("resume_from", "output_dir", "report_to", "logging"))]

@@ -12,9 +12,15 @@ from .buffer import SolvedWindows
 from .conditions import Conditions
 from .config import TrainingConfig
 
+SHOWN = 8  # names in a message
+
 
 class TrainingStopped(RuntimeError):
     """A run that cannot become good; the message is the diagnosis."""
+
+
+class NotFinite(TrainingStopped):
+    """A loss or a gradient that is no number."""
 
 
 @torch.no_grad()
@@ -27,10 +33,14 @@ def check_start(student: Backbone, teacher: Backbone, batch: SolvedWindows, exac
     timestep = batch.start
     same = Backbone(student.network, student.path, student.prediction, teacher.index_offset, student.dtype)
     wanted, got = (net(batch.z_start, timestep, batch.cond).float() for net in (teacher, same))
-    if not (wanted.isfinite().all() and batch.z_end.isfinite().all()):
+    finite = wanted.isfinite().flatten(1).all(1) & batch.z_end.isfinite().flatten(1).all(1)
+    if not finite.all():
+        bad = [batch.names[i] for i in (~finite).nonzero().flatten().tolist()] if batch.names else []
+        some = 0 < len(bad) < len(finite)
+        which = f" It is so for {listed(bad)} alone: take them out of the data." if some else ""
         raise TrainingStopped(
-            "Before the first step the teacher's own answer or solve is not finite. Its weights may be damaged, or "
-            "its numbers too large for `mixed_precision` fp16: take bf16 or no."
+            f"Before the first step the teacher's own answer or solve is not finite.{which} Its weights may be "
+            "damaged, or its numbers too large for `mixed_precision` fp16: take bf16 or no."
         )
     difference = float((got - wanted).norm() / wanted.norm())
     limit = 1e-4 if exact else 0.05
@@ -40,6 +50,12 @@ def check_start(student: Backbone, teacher: Backbone, batch: SolvedWindows, exac
             f"less than {limit:.2%}. The student was not made from this teacher, or a LoRA does not start at zero."
         )
     return difference
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a message: each once, the first few of many."""
+    once = list(dict.fromkeys(names))
+    return ", ".join(once[:SHOWN]) + (f" and {len(once) - SHOWN} more" if len(once) > SHOWN else "")
 
 
 def answers_zero(z: Tensor, timestep: Tensor, cond: Conditions) -> Tensor:
@@ -76,7 +92,7 @@ class Watch:
     above_since: int | None = None
 
     def finite(self, step: int, losses: Sequence[float | None], grad_norm: float | None) -> None:
-        """Raises TrainingStopped for losses or a gradient norm that are not numbers; arguments as those of `look`."""
+        """Raises NotFinite for losses or a gradient norm that are not numbers; arguments as those of `look`."""
         broken = [i for i, now in enumerate(losses, 1) if now is not None and not math.isfinite(now)]
         # the loss scale of fp16 overflows now and then; such steps are left out
         overflow = self.config.mixed_precision != "fp16" and grad_norm is not None and not math.isfinite(grad_norm)
@@ -86,7 +102,7 @@ class Watch:
                 if broken
                 else (f"gradient is not finite at step {step}, though the loss still is")
             )
-            raise TrainingStopped(
+            raise NotFinite(
                 f"The {what} (gradient norm {grad_norm}). Lower `learning_rate`, lengthen `lr_warmup_steps`, or use "
                 "`mixed_precision` bf16 or no; if it happens at the first steps, the teacher's own solve is not "
                 "finite: look at its dtype."

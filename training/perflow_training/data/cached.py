@@ -25,12 +25,16 @@ OPEN_FILES = 64  # at once: systems allow a process some hundreds
 
 @dataclass(frozen=True)
 class CachedBatch:
-    """`latents` (B, C, h, w) or None, `prompt_embeds` (B, L, D), SDXL's `pooled` (B, P) and `add_time_ids` (B, 6)."""
+    """`latents` (B, C, h, w) or None, `prompt_embeds` (B, L, D), SDXL's `pooled` (B, P) and `add_time_ids` (B, 6).
+
+    `names` say where each row stands in the cache.
+    """
 
     latents: Tensor | None
     prompt_embeds: Tensor
     pooled: Tensor | None
     add_time_ids: Tensor | None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class Row:
     file: str
     group: str
     number: int
+
+    def __str__(self) -> str:
+        return f"row {self.number} of {self.group} in {self.file}"
 
 
 class Rows:
@@ -124,11 +131,12 @@ class CachedStream:
         plan, done = self._batches.next(count)
         self._epoch = plan.epoch
         self._used += count
-        stacked = {name: torch.stack([row[name] for row in done]) for name in done[0]}
+        rows = [row for _, row in done]
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         columns = ("latents", "prompt_embeds", "pooled", "add_time_ids")
-        return CachedBatch(**{name: stacked.get(name) for name in columns})
+        return CachedBatch(**{name: stacked.get(name) for name in columns}, names=tuple(name for name, _ in done))
 
-    def _work(self, items: Sequence[Dealt], place: int) -> dict[str, Tensor]:
+    def _work(self, items: Sequence[Dealt], place: int) -> tuple[str, dict[str, Tensor]]:
         drawn = items[place].drawn
         row = {name: tensor.float() for name, tensor in self._rows.load(drawn.record, self._columns).items()}
         mean, std = row.pop("latents_mean", None), row.pop("latents_std", None)
@@ -136,7 +144,7 @@ class CachedStream:
             entropy = np.random.SeedSequence(generator_seed(self._seed, 3, drawn.ref)).generate_state(1, np.uint64)
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(entropy[0]) >> 1))
             row["latents"] = to_latents((mean + std * noise)[None], self.manifest["scaling"])[0]
-        return row
+        return str(drawn.record), row
 
     @property
     def report(self) -> DataReport:

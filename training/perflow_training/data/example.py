@@ -18,6 +18,7 @@ class Example:
     original_size: tuple[int, int]
     crop_top_left: tuple[int, int]
     target_size: tuple[int, int]
+    name: str = ""  # of the record, for people
 
 
 def time_ids(example: Example) -> torch.Tensor:

@@ -69,7 +69,7 @@ class Cropper:
         texts = [" ".join(text.split()) for text in texts if text and text.strip()]
         caption = texts[int(which * len(texts))]
         if not self.with_images or record.image is None:
-            return Example(caption, None, target, (0, 0), target)
+            return Example(caption, None, target, (0, 0), target, record.name)
         try:
             picture: Image.Image = load_rgb(record.image)
             image, corner = fit(
@@ -80,7 +80,7 @@ class Cropper:
             )
         except Exception as error:  # Pillow's decoders raise whatever broken data leads them to
             return Failure("broken", reason_of(error, record.image), record.name)
-        return Example(caption, image, (picture.height, picture.width), corner, target)
+        return Example(caption, image, (picture.height, picture.width), corner, target, record.name)
 
 
 def reason_of(error: Exception, image: Path | bytes) -> str:
