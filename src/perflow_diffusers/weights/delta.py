@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.complete import check_complete
 from perflow_diffusers.weights.errors import DeltaError
 from perflow_diffusers.weights.single_file import unet_of_single_file
 from perflow_diffusers.weights.source import WeightSource, check_detached, dtype_name, open_weights
@@ -68,6 +69,7 @@ def compute_delta(
     first, names = named_weights(base)
     second, tuned_names = named_weights(tuned)
     _check_pair(first, names, second, tuned_names)
+    check_complete(first, names, second, tuned_names)
     pairs = {name: (names[name], tuned_names[name]) for name in sorted(names)}
     dropped = _identical(first, second, pairs) if drop_identical else ()
     specs: dict[str, Spec] = {}
@@ -97,10 +99,11 @@ def compute_delta(
 
 
 def check_delta(base: Any, tuned: Any) -> str:
-    """One sentence on what `compute_delta(base, tuned)` would make; reads no tensor. Raises what it would raise."""
+    """One sentence on what `compute_delta(base, tuned)` makes; reads a few tensors. Raises what it would raise."""
     first, names = named_weights(base)
     second, tuned_names = named_weights(tuned)
     _check_pair(first, names, second, tuned_names)
+    check_complete(first, names, second, tuned_names)
     numbers = sum(torch.Size(first.shapes[key]).numel() for key in names.values())
     return f"{second.name} minus {first.name}: {len(names)} tensors, {numbers / 1e6:.2f} M numbers"
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.complete import check_difference
 from perflow_diffusers.weights.errors import DeltaError
 from perflow_diffusers.weights.header_facts import KOHYA_CONFIG, KOHYA_SPELLING, for_new_tensors
 from perflow_diffusers.weights.lora import ADAPTER_METADATA, RESIDUAL, adapter_metadata, as_delta
@@ -94,9 +95,9 @@ def extract_lora(
     Layers whose difference is zero are left out. Memory: the LoRA and a few tensors of the delta. Everything is
     computed before anything is written. `progress(done, total)` is called after each tensor.
 
-    Raises `DeltaError` for arguments out of range, a delta that is empty, zero, or not finite, and moments that do
-    not fit; `WeightSourceError` for what cannot be read, `WeightWriteError` for an `out` that cannot be written (all
-    ValueErrors).
+    Raises `DeltaError` for arguments out of range, a delta that is empty, zero, not finite, or a complete model, and
+    moments that do not fit; `WeightSourceError` for what cannot be read, `WeightWriteError` for an `out` that cannot
+    be written (all ValueErrors).
     """
     wanted = _checked_rank(rank, energy)
     _check_alpha(alpha)
@@ -124,7 +125,7 @@ def extract_lora(
 def check_extract(
     delta: Any, *, rank: int | None = None, energy: float | None = None, alpha: float | None = None
 ) -> str:
-    """One sentence on what `extract_lora` would make of a delta; reads no tensor. Raises what it can see."""
+    """One sentence on what `extract_lora` would make of a delta; reads a few tensors. Raises what it can see."""
     most, _ = _checked_rank(rank, energy)
     _check_alpha(alpha)
     weights = as_delta(open_weights(delta), with_text=True)
@@ -181,6 +182,8 @@ def _checked_names(weights: WeightSource) -> dict[str, str]:
     wrong = [f"{key} ({weights.dtypes[key]})" for key in names.values() if not weights.dtypes[key].is_floating_point]
     if wrong:
         raise DeltaError(f"{weights.name} holds tensors that are not floating point: {keys.grouped(wrong)}.")
+    if not weights.partial:
+        check_difference(weights, names)
     return {name: names[name] for name in sorted(names)}
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.complete import check_difference
 from perflow_diffusers.weights.delta import DELTA_FORMAT
 from perflow_diffusers.weights.errors import DeltaError
 from perflow_diffusers.weights.header_facts import without_hashes
@@ -82,7 +83,7 @@ def shrink_delta(
     norms) stay fp16, or fp32 if they were not fp16. The header is carried along. `open_weights` and `merge_delta` read
     the result like any delta. `progress(done, total)` is called after each tensor.
 
-    Raises `DeltaError` for a LoRA, an original-format checkpoint, empty weights, an unknown dtype, and numbers that
+    Raises `DeltaError` for a LoRA, complete weights, empty weights, an unknown dtype, and numbers that
     are not finite or overflow fp16; `WeightWriteError` for an `out` that cannot be written. An old file there is then
     intact.
     """
@@ -99,7 +100,7 @@ def shrink_delta(
 
 
 def check_shrink(delta: Any, dtype: PackedDtype) -> str:
-    """One sentence on what `shrink_delta(delta, out, dtype)` would write; reads no tensor. Raises what it can see."""
+    """One sentence on what `shrink_delta(delta, out, dtype)` writes; reads a few tensors. Raises what it can see."""
     given, run = _packing(delta, dtype, None)
     return f"{given.name} as {dtype}: {given.nbytes / 2**20:.1f} -> {run.nbytes / 2**20:.1f} MiB"
 
@@ -118,6 +119,7 @@ def _packing(
     wrong = [key for key in names.values() if not source.dtypes[key].is_floating_point]
     if wrong:
         raise DeltaError(f"{source.name} holds tensors that are not floating point: {keys.grouped(wrong)}.")
+    check_difference(source, names)
     return given, _Packing(source, names, dtype, progress)
 
 

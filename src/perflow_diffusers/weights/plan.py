@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.complete import is_complete_beside
 from perflow_diffusers.weights.errors import MergeError
 from perflow_diffusers.weights.live import live_weights, replaced_modules, unwrapped
 from perflow_diffusers.weights.lora import as_delta
@@ -135,7 +136,6 @@ def check_addable(weights: Mapping[str, Any]) -> None:
             raise MergeError(f"{len(bad)} weights of the model are {what}, e.g. {bad[0]}. {remedy}")
 
 
-_NORM = "conv_norm_out.weight"
 _OFFLOADED = (
     "Merge before `enable_sequential_cpu_offload` or device_map, or call `pipe.remove_all_hooks()` first and offload "
     "again afterwards."
@@ -203,14 +203,12 @@ def _checked_names(delta: WeightSource) -> dict[str, str]:
 def _refuse_complete_weights(
     delta: WeightSource, names: Mapping[str, str], weights: Mapping[str, torch.Tensor]
 ) -> None:
-    """Refuse a tuned model that is passed where its difference to the base belongs: its norms look like the base's."""
-    if delta.kind != "weights" or _NORM not in names or _NORM not in weights:
-        return
-    given, have = delta[names[_NORM]].detach().flatten().float().cpu(), weights[_NORM].detach().flatten().float().cpu()
-    if given.shape == have.shape and torch.cosine_similarity(given, have, dim=0) > 0.9:
+    """Refuse a model that is passed where its difference to the base belongs, whatever its header says."""
+    if is_complete_beside(delta, names, weights):
         raise MergeError(
-            f"{delta.name} holds complete weights, not a delta: its {_NORM} is that of the model. Make the delta with "
-            "`compute_delta(base, tuned)`, or pass the folder to `from_pretrained` to use it as it is."
+            f"{delta.name} holds complete weights, not a delta: its norms and layers are as large as the model's. "
+            "Make the delta with `compute_delta(base, tuned)`, or pass the folder to `from_pretrained` to use it as "
+            "it is. If it was made by `shrink_delta` or `extract_lora`, these were given a model."
         )
 
 
