@@ -85,7 +85,8 @@ def is_complete_beside(source: WeightSource, names: Mapping[str, str], weights: 
         if name in weights and tuple(weights[name].shape) == source.shapes[key] and name != _SKIPPED
     }
     norms = _norms(shared)
-    compared = norms or ([] if source.partial else _some_layers(shared))
+    whole = not source.partial and 4 * len(shared) > len(weights)  # a few layers alone are no model
+    compared = norms or (_some_layers(shared) if whole else [])
     given = _Named(source, names)
     near = bool(compared) and _distance(given, weights, compared) < _NEAR
     if source.partial or not norms:
