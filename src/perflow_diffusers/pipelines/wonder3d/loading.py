@@ -27,9 +27,9 @@ def local_folder(source: str | os.PathLike, variant: str | None, options: dict[s
     from huggingface_hub import snapshot_download
 
     others = [] if variant else ["*.fp16.safetensors", "*.non_ema.safetensors"]
-    wanted = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": others}
+    wanted = ["*.json", "*.safetensors"]
     try:
-        return Path(snapshot_download(str(source), **wanted, **options))
+        return Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=others, **options))
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         what = f"status {status}" if status is not None else type(error).__name__
