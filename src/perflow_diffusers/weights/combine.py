@@ -239,7 +239,8 @@ def _lora_files(
     progress: Callable[[int, int], None] | None,
 ) -> list[File]:
     """The residual first: a LoRA that names one is never without it."""
-    files, total = [], len(joined.specs)
+    files: list[File] = []
+    total = len(joined.specs)
     own = {"format": "pt", "perflow_format": LORA_FORMAT, ADAPTER_METADATA: joined.config}
     if rest.specs:
         dtypes = ",".join(sorted({dtype_name(kind) for _, kind in rest.specs.values()}))

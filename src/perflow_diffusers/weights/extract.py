@@ -343,7 +343,8 @@ def _write(
     overwrite: bool,
 ) -> None:
     """The residual first: a LoRA that names one is never without it."""
-    tensors, strengths = {}, dict[str, dict[str, tuple[int, float]]]()
+    tensors: dict[str, torch.Tensor] = {}
+    strengths: dict[str, dict[str, tuple[int, float]]] = {}
     for name, layer in layers.items():
         component, module = _place(name)
         stem = spelled(component, module)
