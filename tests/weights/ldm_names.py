@@ -1,8 +1,11 @@
 """Original-format names of a UNet's modules, by walking it as the original code builds it: places in lists."""
 
+import torch
 from diffusers import UNet2DConditionModel
 
 RESNET = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",
@@ -10,6 +13,7 @@ RESNET = {
 }
 TOP = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -73,6 +77,22 @@ CONFIGS = {
 
 def ldm_names(unet: UNet2DConditionModel) -> dict[str, str]:
     """`{module: original-format module}` of every linear layer and convolution."""
+    layers = [name for name, weight in unet.state_dict().items() if name.endswith(".weight") and weight.dim() > 1]
+    return _originals(unet, [name.removesuffix(".weight") for name in layers])
+
+
+def ldm_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """All weights of a UNet by the names that the original code gives them, `input_blocks.0.0.weight` first."""
+    state = unet.state_dict()
+    names = _originals(unet, [name.rpartition(".")[0] for name in state])
+    return {
+        f"{names[module]}.{leaf}": value.clone()
+        for name, value in state.items()
+        for module, _, leaf in [name.rpartition(".")]
+    }
+
+
+def _originals(unet: UNet2DConditionModel, modules: list[str]) -> dict[str, str]:
     places = {}
     number = 1
     for b, block in enumerate(unet.down_blocks):
@@ -97,10 +117,7 @@ def ldm_names(unet: UNet2DConditionModel) -> dict[str, str]:
     for place, part in enumerate(("resnets.0", "attentions.0", "resnets.1")):
         places[f"mid_block.{part}"] = f"middle_block.{place}"
     names = {}
-    for weight, tensor in unet.state_dict().items():
-        module = weight.removesuffix(".weight")
-        if not weight.endswith(".weight") or tensor.dim() not in (2, 4):
-            continue
+    for module in modules:
         if module in TOP or module in places:
             names[module] = TOP.get(module) or places[module]
             continue

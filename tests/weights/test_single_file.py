@@ -3,12 +3,12 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from ldm_names import ldm_state
 from safetensors.torch import save_file
 
-from perflow_diffusers.weights import DeltaError, compute_delta, content_hash, lora_names, open_weights, single_file
+from perflow_diffusers.weights import DeltaError, compute_delta, content_hash, open_weights, single_file
 
 PREFIX = "model.diffusion_model."
-NORMS = {"in_layers.0": "norm1", "out_layers.0": "norm2"}
 # The smallest UNet whose layers are those of SDXL: its blocks with an upsampler all have attention.
 TINY = {
     "sample_size": 8,
@@ -21,20 +21,9 @@ TINY = {
 }
 
 
-def original_format(unet):
+def original_format(unet, prefix=PREFIX):
     """Weights of a UNet under the names of single-file checkpoints."""
-    tensors = {}
-    for name, value in unet.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        if module == "conv_norm_out":
-            old = "out.0"
-        else:
-            old = lora_names.to_original(module)
-            for there, here in NORMS.items():
-                if ".resnets." in module and module.endswith(f".{here}"):
-                    old = old.removesuffix(here) + there
-        tensors[f"{PREFIX}{old}.{leaf}"] = value.clone()
-    return tensors
+    return {f"{prefix}{name}": value for name, value in ldm_state(unet).items()}
 
 
 @pytest.fixture
