@@ -95,7 +95,7 @@ def is_complete_beside(source: WeightSource, names: Mapping[str, str], weights: 
     if found is None or base is None or found.size is None or base.size is None:
         return near
     large = found.size > _SAME_SIZE * base.size and base.size > 0
-    alike = found.gain > _SAME_SIZE * base.gain > 0 and found.agreement > _AGREEMENT
+    alike = found.gain > _SAME_SIZE * abs(base.gain) and found.agreement > _AGREEMENT
     return large and (near or alike)
 
 
