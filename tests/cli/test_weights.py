@@ -38,6 +38,17 @@ def test_diff_writes_the_difference_and_what_it_is_for(delta, folders, perflow):
     assert said["parameters"] == sum(value.numel() for value in base.values())
 
 
+def test_diff_of_a_finer_base_rounds_it_if_asked(folders, perflow, tmp_path):
+    base, tuned, out = weights(folders[0]), tmp_path / "tuned.safetensors", tmp_path / "delta.safetensors"
+    save_file({name: (value + 0.05).half() for name, value in weights(folders[1]).items()}, tuned)
+    rounding = ("--round-base", "--drop-identical")
+    assert "rounded to F16" in perflow("diff", folders[0], tuned, out, "--dry-run", *rounding).output
+    assert perflow("diff", folders[0], tuned, out, "--dtype", "float32", *rounding).exit_code == 0
+    wanted = {name: value.float() - base[name].half().float() for name, value in load_file(tuned).items()}
+    assert all(torch.equal(value, wanted[name]) for name, value in load_file(out).items())
+    assert json.loads(perflow("info", out, "--json").output)["settings"]["base_rounded"] == "F16"
+
+
 def test_combine_adds_deltas_and_loras(delta, perflow, tmp_path):
     change, lora, out = load_file(delta), tmp_path / "lora.safetensors", tmp_path / "sum.safetensors"
     plain = ("--dtype", "float32", "--no-residual")

@@ -35,6 +35,9 @@ def diff(
     ] = None,
     recommended_guidance_scale: Annotated[float | None, typer.Option(help="Guidance to sample with.")] = None,
     drop_identical: Annotated[bool, typer.Option(help="Leave tensors out that are equal in both.")] = False,
+    round_base: Annotated[
+        bool, typer.Option(help="Round a base of a finer dtype (float32) to that of TUNED (float16) first.")
+    ] = False,
     shard_size: Annotated[float | None, typer.Option(help="Write shards of at most this many GB.")] = None,
     dry_run: DryRun = False,
     force: Force = False,
@@ -63,7 +66,7 @@ def diff(
         check_out(out, force)
         first, second = open_weights(base, **base_where), open_weights(tuned, **tuned_where)
         if dry_run:
-            typer.echo(f"{check_delta(first, second)}\nDry run: {out} was not written.")
+            typer.echo(f"{check_delta(first, second, round_base=round_base)}\nDry run: {out} was not written.")
             return
         with progress_bar("diff") as progress:
             delta = compute_delta(
@@ -73,6 +76,7 @@ def diff(
                 dtype=getattr(torch, dtype) if dtype else None,
                 metadata={key: value for key, value in metadata.items() if value is not None},
                 drop_identical=drop_identical,
+                round_base=round_base,
                 max_shard_size=int(shard_size * 1e9) if shard_size else None,
                 overwrite=force,
                 progress=progress,

@@ -13,6 +13,7 @@ import torch
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.complete import check_complete
 from perflow_diffusers.weights.errors import DeltaError
+from perflow_diffusers.weights.rounding import RoundingNoise, coarser, rounded, rounding_note
 from perflow_diffusers.weights.single_file import unet_of_single_file
 from perflow_diffusers.weights.source import WeightSource, check_detached, dtype_name, open_weights
 from perflow_diffusers.weights.writer import Spec, tensor_bytes, write_folder, write_safetensors
@@ -42,6 +43,7 @@ def compute_delta(
     metadata: Mapping[str, Any] | None = None,
     *,
     drop_identical: bool = False,
+    round_base: bool = False,
     max_shard_size: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -58,6 +60,10 @@ def compute_delta(
     leaves out tensors that are equal in both, and names them in the header. `progress(done, total)` is called after
     each tensor.
 
+    `round_base`: where the tuned weights are stored more coarsely than the base (fp16 and fp32), round the base to
+    their dtype first, as if it had been given so. Else the difference holds the base's rounding, too; it warns if that
+    is a tenth of it or more. The header then has `base_rounded` (F16, ...); `base_hash` is that of the base as given.
+
     Raises `DeltaError` if keys, shapes or numbers do not allow a difference, `WeightSourceError` for what cannot be
     read, `WeightWriteError` for an `out` that cannot be written (all ValueErrors); an old file there is then intact.
     """
@@ -71,41 +77,50 @@ def compute_delta(
     _check_pair(first, names, second, tuned_names)
     check_complete(first, names, second, tuned_names)
     pairs = {name: (names[name], tuned_names[name]) for name in sorted(names)}
-    dropped = _identical(first, second, pairs) if drop_identical else ()
+    steps = _steps(first, second, pairs) if round_base else {}
+    dropped = _identical(first, second, pairs, steps) if drop_identical else ()
     specs: dict[str, Spec] = {}
     for name, (key, tuned_key) in pairs.items():
-        stored = dtype or _wider(first.dtypes[key], second.dtypes[tuned_key])
+        stored = dtype or _wider(steps.get(name) or first.dtypes[key], second.dtypes[tuned_key])
         if name not in dropped:
             specs[name] = (first.shapes[key], stored)
     if not specs:
         raise DeltaError(f"{second.name} is identical to {first.name}: there is no difference to store.")
     header = _header(first, second, specs, dropped, metadata)
-    run = _Differences(first, second, pairs, specs, progress)
-    if out is None:
-        tensors = {name: tensor.clone() for name, tensor in run}
-        header["base_hash"] = run.base_hash
-        return _delta("a computed delta", open_weights(tensors), header, run)
+    if steps:
+        header["base_rounded"] = rounding_note(steps.values())
+    run = _Differences(first, second, pairs, specs, progress, steps)
 
     def final_header() -> dict[str, str]:
         return {**header, "base_hash": run.base_hash}
 
-    if max_shard_size is not None:
-        path = write_folder(
-            out, specs, iter(run), final_header, max_shard_size=max_shard_size, overwrite=overwrite
-        ).parent
+    if out is None:
+        written, name = open_weights({name: tensor.clone() for name, tensor in run}), "a computed delta"
     else:
-        path = write_safetensors(out, specs, iter(run), final_header, overwrite=overwrite)
-    return _delta(str(path), open_weights(path), final_header(), run)
+        if max_shard_size is not None:
+            index = write_folder(
+                out, specs, iter(run), final_header, max_shard_size=max_shard_size, overwrite=overwrite
+            )
+            path = index.parent
+        else:
+            path = write_safetensors(out, specs, iter(run), final_header, overwrite=overwrite)
+        written, name = open_weights(path), str(path)
+    if not round_base:
+        run.noise.warn(first.name, second.name, stacklevel=2)
+    return _delta(name, written, final_header(), run)
 
 
-def check_delta(base: Any, tuned: Any) -> str:
+def check_delta(base: Any, tuned: Any, *, round_base: bool = False) -> str:
     """One sentence on what `compute_delta(base, tuned)` makes; reads a few tensors. Raises what it would raise."""
     first, names = named_weights(base)
     second, tuned_names = named_weights(tuned)
     _check_pair(first, names, second, tuned_names)
     check_complete(first, names, second, tuned_names)
     numbers = sum(torch.Size(first.shapes[key]).numel() for key in names.values())
-    return f"{second.name} minus {first.name}: {len(names)} tensors, {numbers / 1e6:.2f} M numbers"
+    pairs = {name: (key, tuned_names[name]) for name, key in names.items()}
+    note = rounding_note(_steps(first, second, pairs).values()) if round_base else ""
+    rounding = f" (rounded to {note})" if note else ""
+    return f"{second.name} minus {first.name}{rounding}: {len(names)} tensors, {numbers / 1e6:.2f} M numbers"
 
 
 def content_hash(source: Any) -> str:
@@ -127,8 +142,10 @@ class _Differences:
         pairs: Mapping[str, tuple[str, str]],
         specs: Mapping[str, Spec],
         progress: Callable[[int, int], None] | None,
+        steps: Mapping[str, torch.dtype],
     ) -> None:
         self.base, self.tuned, self.pairs, self.specs, self.progress = base, tuned, pairs, specs, progress
+        self.steps, self.noise = steps, RoundingNoise()
         self.identical: list[str] = []
         self.base_hash = f"sha256:{'0' * 64}"
         self.squares = [0.0, 0.0]
@@ -142,7 +159,7 @@ class _Differences:
             if name not in self.specs:
                 self.identical.append(name)
             else:
-                yield name, self._difference(name, old, self.tuned[tuned_key])
+                yield name, self._difference(name, rounded(name, old, self.steps.get(name)), self.tuned[tuned_key])
             if self.progress is not None:
                 self.progress(done, len(self.pairs))
 
@@ -158,6 +175,7 @@ class _Differences:
                 f"{name} of {self.tuned.name} minus {self.base.name} has NaN or Inf in {stored.dtype}. Look at that "
                 "checkpoint, or store the delta in float32."
             )
+        self.noise.add(old, new, difference, size**2)
         self.squares[0] += size**2
         self.squares[1] += total**2
         if size == 0:
@@ -222,9 +240,22 @@ def _check_pair(
         )
 
 
-def _identical(base: WeightSource, tuned: WeightSource, pairs: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
-    """Names of tensors that are equal; one more reading of both."""
-    return tuple(name for name, (key, other) in pairs.items() if _same(base[key], tuned[other]))
+def _steps(base: WeightSource, tuned: WeightSource, pairs: Mapping[str, tuple[str, str]]) -> dict[str, torch.dtype]:
+    """Of tensors that the base has in a finer dtype: the dtype of the tuned one."""
+    found = {name: coarser(base.dtypes[key], tuned.dtypes[other]) for name, (key, other) in pairs.items()}
+    return {name: dtype for name, dtype in found.items() if dtype is not None}
+
+
+def _identical(
+    base: WeightSource,
+    tuned: WeightSource,
+    pairs: Mapping[str, tuple[str, str]],
+    steps: Mapping[str, torch.dtype],
+) -> tuple[str, ...]:
+    """Names of tensors that are equal, where `steps` says so after rounding the base; one more reading of both."""
+    return tuple(
+        name for name, (key, other) in pairs.items() if _same(rounded(name, base[key], steps.get(name)), tuned[other])
+    )
 
 
 def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
@@ -256,7 +287,8 @@ def _header(
     }
     if dropped:
         header["identical"] = " ".join(dropped)
-    reserved = {"format", "perflow_format", "dtype", "base_hash", "identical"} & set(extra or {})
+    own = {"format", "perflow_format", "dtype", "base_hash", "base_rounded", "identical"}
+    reserved = own & set(extra or {})
     if reserved:
         raise DeltaError(
             f"metadata keys {', '.join(sorted(reserved))} are written by compute_delta itself. Rename them."

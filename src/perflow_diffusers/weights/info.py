@@ -31,6 +31,7 @@ SETTINGS = (
     "base",
     "tuned",
     "base_hash",
+    "base_rounded",
     "base_model",
     "licence",
     "perflow_residual",
