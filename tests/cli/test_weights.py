@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import pytest
 import torch
@@ -221,3 +222,17 @@ def test_a_dry_run_fails_where_the_run_would(words, message, delta, folders, per
         result = perflow(*words, *more)
         assert result.exit_code == 2 and message in result.output, result.output
         assert not out.exists()
+
+
+def test_a_warning_is_a_sentence_without_a_line_of_code(delta, perflow, tmp_path):
+    lora = tmp_path / "lora.safetensors"
+    assert perflow("extract-lora", delta, lora, "--no-residual").exit_code == 0
+    tensors = {**load_file(lora), "bundle_emb.mystyle.string_to_param.*": torch.zeros(1, 16)}
+    with_words = tmp_path / "with-words.safetensors"
+    save_file(tensors, with_words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = perflow("convert", with_words, tmp_path / "kohya.safetensors", "--to", "kohya")
+    assert result.exit_code == 0, result.output
+    assert "perflow convert: note: " in result.output and "mystyle" in result.output
+    assert ".py" not in result.output and "UserWarning" not in result.output

@@ -1,6 +1,7 @@
 """What the commands share at the terminal: errors as sentences, progress bars, and care for files that exist."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,15 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 @contextmanager
 def failing(command: str) -> Iterator[None]:
-    """Turn the library's errors into one sentence on standard error and an exit code."""
+    """Turn the library's errors and warnings into sentences on standard error, and an error into an exit code."""
+
+    def note(message: Warning | str, *_: object, **__: object) -> None:
+        typer.echo(f"perflow {command}: note: {message}", err=True)
+
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = note
+            yield
     except (ValueError, OSError) as error:
         typer.echo(f"perflow {command}: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from None

@@ -91,7 +91,7 @@ def combine(
     """
     opened, factors = _checked(sources, scales, dtype)
     for source in opened:
-        warn_of_bundled(source, stacklevel=2)
+        warn_of_bundled(source)
     header, disagreed = _common(opened)
     names = tuple(source.name for source in opened)
     if all(source.kind == "lora" for source in opened):

@@ -57,7 +57,7 @@ def convert_lora(
     cannot be written. An old file there is then intact.
     """
     given, tensors, header = _converted(source, layout, unet)
-    warn_of_bundled(given, stacklevel=2)
+    warn_of_bundled(given)
     target = Path(out)
     check_target(target, given.nbytes, overwrite=overwrite)
     residual = _residual_file(given, target, header)
@@ -74,7 +74,7 @@ def convert_lora(
 def check_convert(source: Any, layout: Layout, *, unet: Any = None) -> str:
     """One sentence on what `convert_lora(source, out, layout, unet=unet)` would write. Raises what it would raise."""
     given, tensors, _ = _converted(source, layout, unet)
-    warn_of_bundled(given, stacklevel=2)
+    warn_of_bundled(given)
     open_residual(given)
     return f"{given.name} in the layout of {layout}: {len(tensors)} tensors, {given.nbytes / 1e6:.2f} MB"
 

@@ -100,7 +100,7 @@ def merge_files(
     if config is not None:
         write_text(target / "config.json", json.dumps(config, indent=2) + "\n", overwrite=True)
         drop_shards(target)  # diffusers would go on loading the shards of an old model beside the new file
-    kept.warn(f"{plan.source.name} x {strength}", {weights[edit.name].dtype for edit in plan.edits}, stacklevel=2)
+    kept.warn(f"{plan.source.name} x {strength}", {weights[edit.name].dtype for edit in plan.edits})
     return replace(report, kept=kept.share)
 
 

@@ -30,6 +30,7 @@ from perflow_diffusers.weights.lora_layers import (
     warn_of_bundled,
 )
 from perflow_diffusers.weights.lora_names import KOHYA_PREFIXES
+from perflow_diffusers.weights.notices import warn_user
 from perflow_diffusers.weights.source import WeightSource, check_detached, open_weights
 
 __all__ = [
@@ -161,13 +162,11 @@ def _lora_as_delta(
         way_out = "Use `pipe.load_lora_weights(...)` instead if you need them."
     if not layers:
         raise WeightSourceError(f"{source.name} has no layer for a UNet ({len(text)} for text encoders). {way_out}")
-    warn_of_bundled(source, stacklevel=6)
+    warn_of_bundled(source)
     if text:
-        warnings.warn(
+        warn_user(
             f"{len(text)} layers of {source.name} are for text encoders and are left out: only the UNet is changed "
-            f"here. {way_out}",
-            UserWarning,
-            stacklevel=6,
+            f"here. {way_out}"
         )
     magnitudes = {f"{module}.weight": key for (part, module), key in kin.magnitudes.items() if part == "unet"}
     if (kin.magnitudes if with_text else magnitudes) and not on_base:

@@ -1,6 +1,5 @@
 """The layers of a LoRA in any layout, with their rank and alpha, and the config that diffusers stores for them."""
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 from perflow_diffusers.weights import keys, lora_names
 from perflow_diffusers.weights.adapter_config import ADAPTER_METADATA, AdapterConfig, adapter_configs
 from perflow_diffusers.weights.errors import WeightSourceError
+from perflow_diffusers.weights.notices import warn_user
 from perflow_diffusers.weights.original_names import Blocks, blocks_of_model, blocks_of_originals
 from perflow_diffusers.weights.source import WeightSource, check_detached
 
@@ -105,11 +105,9 @@ def file_blocks(source: WeightSource) -> Blocks:
                 widths[found[0]] = shape[0]
     blocks, sure = blocks_of_originals(widths)
     if not sure:
-        warnings.warn(
+        warn_user(
             f"{source.name} has too few layers to tell how many each block of its model has; {blocks.down[0]} are "
-            "assumed, as in most. Merge it into the model, or name the model (`unet=`), if it is another.",
-            UserWarning,
-            stacklevel=4,
+            "assumed, as in most. Merge it into the model, or name the model (`unet=`), if it is another."
         )
     return blocks
 
@@ -119,15 +117,13 @@ def is_bundled(key: str) -> bool:
     return key.startswith(lora_names.BUNDLED)
 
 
-def warn_of_bundled(source: WeightSource, stacklevel: int) -> None:
+def warn_of_bundled(source: WeightSource) -> None:
     """Say that the textual inversions in a LoRA file are left out, if there are any."""
     words = sorted({key.split(".")[1] for key in source if is_bundled(key)})
     if words:
-        warnings.warn(
+        warn_user(
             f"{source.name} holds {len(words)} textual inversions beside the LoRA ({keys.grouped(words)}), which are "
-            "no weights of a layer and are left out. Load them with `pipe.load_textual_inversion(...)`.",
-            UserWarning,
-            stacklevel=stacklevel + 1,
+            "no weights of a layer and are left out. Load them with `pipe.load_textual_inversion(...)`."
         )
 
 

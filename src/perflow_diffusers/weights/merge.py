@@ -2,7 +2,6 @@
 
 import copy
 import time
-import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any, get_args
 import torch
 
 from perflow_diffusers.weights.errors import MergeError
+from perflow_diffusers.weights.notices import warn_user
 from perflow_diffusers.weights.plan import (
     ConvIn,
     Edit,
@@ -223,11 +223,9 @@ def merge_delta(
     stack = stack_of(unet)
     check_unchanged(stack, weights)
     if any(plan.fingerprint == other.fingerprint for other in _merged_plans(stack)):
-        warnings.warn(
+        warn_user(
             f"{plan.source.name} is merged into this UNet already; now it counts twice. Use `unmerge_delta` before, "
-            "or `set_delta_scale` to change its strength.",
-            UserWarning,
-            stacklevel=2,
+            "or `set_delta_scale` to change its strength."
         )
     if backup == "none":
         number, nbytes = None, 0
@@ -249,7 +247,7 @@ def merge_delta(
         seconds,
         kept.share,
     )
-    kept.warn(f"{plan.source.name} x {strength}", {weights[edit.name].dtype for edit in plan.edits}, stacklevel=2)
+    kept.warn(f"{plan.source.name} x {strength}", {weights[edit.name].dtype for edit in plan.edits})
     return MergeHandle(unet, number, plan, report)
 
 
@@ -340,4 +338,4 @@ def _rescale(unet: torch.nn.Module, number: int | None, scale: Any) -> None:
     layers = [replace(layer, strength=strength) if layer.number == number else layer for layer in stack.layers]
     plan = next(layer.plan for layer in layers if layer.number == number)
     kept = write_layers(stack, layers, weights, [edit.name for edit in plan.edits])
-    kept.warn(f"{plan.source.name} x {strength}", {weights[edit.name].dtype for edit in plan.edits}, stacklevel=3)
+    kept.warn(f"{plan.source.name} x {strength}", {weights[edit.name].dtype for edit in plan.edits})

@@ -1,6 +1,5 @@
 """The sums that a merge writes, w = round(base + sum_i s_i * delta_i), in fp32: do they fit, and what does w keep."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +9,7 @@ import torch
 
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import MergeError
+from perflow_diffusers.weights.notices import warn_user
 from perflow_diffusers.weights.scales import Strength
 
 if TYPE_CHECKING:
@@ -142,17 +142,15 @@ class Kept:
             lost += factor * (after.double() - before.double() - exact).square().sum().item()
         return max(0.0, 1 - lost / total) if total else 1.0
 
-    def warn(self, what: str, dtypes: Iterable[torch.dtype], stacklevel: int) -> None:
+    def warn(self, what: str, dtypes: Iterable[torch.dtype]) -> None:
         """Warn if less than half was kept."""
         share = self.share
         if share < _LOW:
             kinds = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
-            warnings.warn(
+            warn_user(
                 f"Only {100 * share:.0f} % of {what} was kept by weights in {kinds}: most of its numbers are "
                 "smaller than their rounding. Load the model in float32 (or float16 instead of bfloat16) and merge "
-                "again, or use the accelerator as a LoRA, which is not rounded to the weights.",
-                UserWarning,
-                stacklevel=stacklevel + 1,
+                "again, or use the accelerator as a LoRA, which is not rounded to the weights."
             )
 
 
