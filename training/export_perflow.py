@@ -10,13 +10,12 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
-
+from perflow_training.base import Base
 from perflow_training.checkpoint import CONFIG, EMA
-from perflow_training.config import ConfigError, TrainingConfig, config_of
+from perflow_training.config import FORMS, ConfigError, TrainingConfig, config_of
+from perflow_training.lazy import read_afresh
 from perflow_training.places import url_problem
-from perflow_training.product import FORMS, load_pipeline, write_products
+from perflow_training.product import open_base, write_products
 from perflow_training.run_folder import STATE, checked, checkpoints, is_checkpoint, newest_good
 
 
@@ -65,19 +64,19 @@ def export(
         checkpoint = good
     values = json.loads((checkpoint / CONFIG).read_text())
     config = config_of({**values, **({"pretrained_model_name_or_path": base} if base else {})})
-    weights = load_file(checkpoint / EMA)
-    pipe = load_pipeline(config, encoders=False) if base else _teacher(config, checkpoint)
+    weights = read_afresh(checkpoint / EMA)
+    teacher = open_base(config) if base else _teacher(config, checkpoint)
     return write_products(
-        config, weights, out or checkpoint / "export", forms, lora_rank=rank, licence=licence, base=pipe
+        config, weights, out or checkpoint / "export", forms, lora_rank=rank, licence=licence, base=teacher
     )
 
 
-def _teacher(config: TrainingConfig, checkpoint: Path) -> DiffusionPipeline:
+def _teacher(config: TrainingConfig, checkpoint: Path) -> Base:
     """The one that was trained with: from the folder of then, else the same commit of the Hub."""
     folder = json.loads((checkpoint / STATE).read_text()).get("base_folder")
     if folder and Path(folder).parent.name == "snapshots" and not Path(config.pretrained_model_name_or_path).is_dir():
         config = replace(config, revision=Path(folder).name)
-    return load_pipeline(config, encoders=False, folder=folder)
+    return open_base(config, folder)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import Tensor
 
 from perflow_training.backbone import teacher_of
 from perflow_training.config import ConfigError, TrainingConfig, load_config, reference, trackers
@@ -25,7 +26,7 @@ from perflow_training.feed import CachedFeed, EncodedFeed, Feed
 from perflow_training.launch import make_accelerator, with_launcher
 from perflow_training.log import append_log
 from perflow_training.processes import by_main, check_number, claimed
-from perflow_training.product import folder_of, load_pipeline, write_products
+from perflow_training.product import folder_of, load_pipeline, open_base, write_products
 from perflow_training.run_folder import already_finished, choose_start, find_checkpoint, mark_finished, step_of, tidy
 from perflow_training.stopping import Stopped, Stopping
 from perflow_training.student import DTYPES
@@ -117,16 +118,16 @@ def _run(config: TrainingConfig, accelerator: Accelerator, stopping: Stopping) -
             accelerator.end_training()
         except OSError as error:  # of a tracker; the product is still to be written
             logger.warning("The last lines of `report_to` could not be written (%s).", error)
+    del feed  # with its encoders
     if accelerator.is_main_process:
         _export(config, trainer, weights, stopping)
 
 
-def _export(config: TrainingConfig, trainer: Trainer, weights: dict, stopping: Stopping) -> None:
+def _export(config: TrainingConfig, trainer: Trainer, weights: Mapping[str, Tensor], stopping: Stopping) -> None:
     """Writes the product, after saying how it can be written again should this not come to its end."""
     out = Path(config.output_dir)
-    forms = ("student", "delta", "lora") if config.lora_rank else ("student", "delta")
     if trainer.saved is not None and step_of(trainer.saved) == trainer.step:
-        command = _export_command(trainer.saved, out, forms)
+        command = _export_command(trainer.saved, out, config.forms)
         again = f"Its weights are in {trainer.saved}; write the product with: {command}"
     else:
         again = f"Its last weights could not be saved; the newest checkpoint is {trainer.saved or 'none'}."
@@ -134,8 +135,8 @@ def _export(config: TrainingConfig, trainer: Trainer, weights: dict, stopping: S
     try:
         if stopping.asked:  # too late for the processes to agree on it
             raise Stopped(stopping.asked)
-        base = load_pipeline(config, encoders=False, folder=trainer.base)
-        paths = write_products(config, weights, out, forms, base=base)
+        trainer.release()  # so that the product needs no more memory than the training did
+        paths = write_products(config, weights, out, base=open_base(config, trainer.base))
         mark_finished(out, trainer.step)
     except Stopped as stopped:
         stopped.kept = f"The training is done, its product is not written. {again}"

@@ -15,7 +15,7 @@ def options(out, *more):
         f"pretrained_model_name_or_path={miniature_folder() / 'avatars'}", f"train_captions={CAPTIONS}",
         f"output_dir={out}", "solve_batch_size=2", "solver_steps=1", "train_batch_size=2", "buffer_size=16", "reuse=2",
         "logging_steps=1", "dataloader_num_workers=0", "lora_rank=2", "lora_target_modules=[to_q]",
-        "max_train_steps=3", *more,
+        "max_train_steps=3", "product=[student, delta, lora]", *more,
     ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def test_a_checkpoint_gives_what_the_run_gave(run, capsys):
 
 def test_a_trained_lora_is_the_student_in_diffusers_and_in_a_merge(run):
     """Loaded by diffusers, merged as a delta, or the fused student itself: one picture."""
-    out = run(*WARM, "lora_rank=3", "lora_alpha=6")
+    out = run(*WARM, "lora_rank=3", "lora_alpha=6", "product=[student, delta, lora]")
     path = out / "lora" / "pytorch_lora_weights.safetensors"
     metadata = open_weights(path).metadata
     assert (metadata["perflow_format"], metadata["num_time_windows"]) == ("lora-1", "4")

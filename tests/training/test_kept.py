@@ -213,12 +213,11 @@ def test_nothing_that_is_only_looked_at_ends_a_run(tmp_path, monkeypatch, caplog
 HUB = """
 import os, sys
 import train_perflow
-write = train_perflow.load_pipeline
-def gone(config, *, encoders=True, **where):
-    if not encoders:
-        os.unlink(os.environ["HF_HUB_CACHE"] + "/models--some--teacher/refs/main")
-    return write(config, encoders=encoders, **where)
-train_perflow.load_pipeline = gone
+write = train_perflow.open_base
+def gone(*where):
+    os.unlink(os.environ["HF_HUB_CACHE"] + "/models--some--teacher/refs/main")
+    return write(*where)
+train_perflow.open_base = gone
 train_perflow.main()
 """
 

@@ -70,7 +70,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(run, words, tmp
 
 def test_sigterm_saves_and_the_resumed_lora_is_the_same(run, tmp_path, monkeypatch):
     """With dropout in the LoRA, the random number generators of torch count, too."""
-    options = ("lora_rank=2", "lora_dropout=0.3", "max_train_steps=4", "lora_target_modules=[to_q, conv1]")
+    options = ("lora_rank=2", "lora_dropout=0.3", "max_train_steps=4", "lora_target_modules=[to_q, conv1]",
+               "product=[student]")  # fmt: skip
     whole = run(*options, f"output_dir={tmp_path / 'whole'}") and tmp_path / "whole"
     step = Trainer._step
 

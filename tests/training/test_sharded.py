@@ -56,7 +56,7 @@ def test_the_ema_of_sharded_weights_is_that_of_whole_ones(sharded):
                 value.add_(step + 1)
         ema.step(parameters)
         reference.step(plain.values())
-    got = full_tensors(list(plain), ema.shadow_params)
+    got = full_tensors(dict(zip(plain, ema.shadow_params, strict=True)))
     for value, wanted in zip(got.values(), reference.shadow_params, strict=True):
         torch.testing.assert_close(value, wanted)
         assert type(value) is torch.Tensor

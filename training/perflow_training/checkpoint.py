@@ -3,16 +3,20 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
+from perflow_diffusers.weights.writer import specs_of, write_safetensors
+
 from .config import ConfigError, TrainingConfig, config_of
+from .lazy import read_afresh
 from .manifest import entries, files_of, write_manifest
 from .processes import FailedSomewhere, on_all
 from .run_folder import STATE, checkpoint_name, keep_newest, put_in_place, write_time
@@ -33,13 +37,11 @@ def use_trained_weights_only(accelerator: Accelerator) -> None:
         if accelerator.is_main_process:
             for model in models:
                 values = trained(accelerator.unwrap_model(model))
-                save_file(
-                    {name: value.detach().contiguous() for name, value in values.items()}, Path(folder) / STUDENT
-                )
+                write_safetensors(Path(folder) / STUDENT, specs_of(values), values.items())
 
     def load(models: list[nn.Module], folder: str) -> None:
         while models:
-            load_trained(accelerator.unwrap_model(models.pop()), load_file(Path(folder) / STUDENT))
+            load_trained(accelerator.unwrap_model(models.pop()), read_afresh(Path(folder) / STUDENT))
 
     if accelerator.distributed_type != DistributedType.FSDP:
         accelerator.register_save_state_pre_hook(save)
@@ -51,14 +53,14 @@ def save_checkpoint(
     config: TrainingConfig,
     step: int,
     state: dict,
-    ema: dict[str, Tensor],
-    windows: dict[str, Tensor],
+    ema: Mapping[str, Tensor],
+    windows: Mapping[str, Tensor],
 ) -> Path:
     """Writes output_dir/checkpoint-`step`, atomically, and deletes those above `checkpoints_total_limit`.
 
-    `state` is JSON and the same on every process, `ema` the EMA of the trained weights, `windows` this process's
-    buffer. Raises CheckpointNotWritten on all processes if one of them cannot write its part; what was there before
-    stays.
+    `state` is JSON and the same on every process, `ema` the EMA of the trained weights, sharded or not, `windows` this
+    process's buffer; of these, one tensor at a time is gathered and copied. Raises CheckpointNotWritten on all
+    processes if one of them cannot write its part; what was there before stays.
     """
     out = Path(config.output_dir)
     temporary = out / f".{checkpoint_name(step)}.tmp"
@@ -71,12 +73,14 @@ def save_checkpoint(
 
     def write() -> None:
         accelerator.save_state(str(temporary))
-        save_file(windows, temporary / _windows_name(accelerator))
+        write_safetensors(temporary / _windows_name(accelerator), specs_of(windows), windows.items())
         if main:
-            save_file(ema, temporary / EMA)
             (temporary / CONFIG).write_text(json.dumps(config.to_dict(), indent=2))
             content = {**state, "step": step, "processes": accelerator.num_processes, "manifest": True}
             (temporary / STATE).write_text(json.dumps(content))
+
+    def gather() -> None:  # only when nothing else has failed: a process that does not take part makes others hang
+        write_gathered(ema, temporary / EMA if main else None)
 
     def hashed() -> dict[str, dict]:
         # its share of the files, so that no process waits for one that reads them all
@@ -93,6 +97,7 @@ def save_checkpoint(
     try:
         on_all(accelerator, begin)
         on_all(accelerator, write)
+        on_all(accelerator, gather)
         # a network disk may show a process its own files first
         names = sorted(set(gather_object(on_all(accelerator, lambda: files_of(temporary)))))
         files = dict(gather_object(list(on_all(accelerator, hashed).items())))
@@ -109,8 +114,11 @@ def save_checkpoint(
 
 def load_checkpoint(
     accelerator: Accelerator, config: TrainingConfig, folder: Path
-) -> tuple[dict, dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Restores what accelerate holds; returns (state, EMA, this process's windows, options that have changed)."""
+) -> tuple[dict, Mapping[str, Tensor], dict[str, Tensor], list[str]]:
+    """Restores what accelerate holds; returns (state, EMA, this process's windows, options that have changed).
+
+    The EMA is read as it is asked for.
+    """
     state = json.loads((folder / STATE).read_text())
     if state["processes"] != accelerator.num_processes:
         raise ConfigError(
@@ -121,12 +129,34 @@ def load_checkpoint(
     changed = [f"{name}: {then[name]} -> {now[name]}" for name in now if then[name] != now[name]]
     accelerator.load_state(str(folder))
     windows = load_file(folder / _windows_name(accelerator))
-    return state, load_file(folder / EMA), windows, changed
+    return state, read_afresh(folder / EMA), windows, changed
 
 
-def full_tensors(names: list[str], values: list[Tensor]) -> dict[str, Tensor]:
-    """Whole tensors on the CPU; all processes must call this, for shards are gathered."""
-    return {name: whole(value).detach().cpu().contiguous().clone() for name, value in zip(names, values, strict=True)}
+def write_gathered(values: Mapping[str, Tensor], path: Path | None) -> None:
+    """Writes whole tensors of what may be sharded; all processes must call this, those without a `path` write nothing.
+
+    One tensor at a time is whole, on whatever process. An error of the one that writes is raised when all are done.
+    """
+    stream = _gathered(values, path is not None)
+    try:
+        if path is not None:
+            write_safetensors(path, specs_of(values), stream)
+    finally:
+        for _ in stream:  # the others wait for this process's part of each tensor
+            pass
+
+
+def full_tensors(values: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, none without `keep`; all processes must call this, for shards are gathered."""
+    return {name: value.clone() for name, value in _gathered(values, keep)}
+
+
+def _gathered(values: Mapping[str, Tensor], keep: bool) -> Iterator[tuple[str, Tensor]]:
+    for name, value in values.items():
+        tensor = whole(value)
+        if keep:
+            yield name, tensor.detach().cpu().contiguous()
+        del tensor  # before the next one comes
 
 
 def whole(value: Tensor | float) -> Tensor | float:

@@ -29,7 +29,7 @@ class TrainingConfig(DataOptions):
     pretrained_model_name_or_path: str = ""  # folder or Hub id of the teacher, a diffusers pipeline
     revision: str | None = None  # of the teacher on the Hub
     variant: str | None = None  # of the teacher's files, for example fp16
-    output_dir: str = "perflow-out"  # EMA student in output_dir/unet, delta in output_dir/perflow.safetensors
+    output_dir: str = "perflow-out"  # log, checkpoints, and the product: unet, perflow.safetensors, lora, artifact
     seed: int = 0
     # PeRFlow: windows, parameterisation, teacher
     prediction_type: str = "ddim_eps"  # ddim_eps, diff_eps or velocity
@@ -101,7 +101,8 @@ class TrainingConfig(DataOptions):
         default_factory=lambda: [[4.0, 4.5], [8.0, 7.5]]
     )  # pairs of steps and guidance; without guidance: 1
     validation_teacher_steps: int = 25
-    # what travels with the weights
+    # the product, and what travels with it
+    product: list[str] | None = None  # student, delta, lora, artifact; null: lora with a LoRA, else student and delta
     recommended_steps: list[int] = field(default_factory=lambda: [4, 8])
 
     def __post_init__(self) -> None:
@@ -119,6 +120,12 @@ class TrainingConfig(DataOptions):
         return None if scale == 1.0 else scale
 
     @property
+    def forms(self) -> tuple[str, ...]:
+        """What a run writes at its end, of FORMS."""
+        asked = self.product or (["lora"] if self.lora_rank else ["student", "delta"])
+        return tuple(form for form in FORMS if form in asked)
+
+    @property
     def window_count(self) -> int:
         """K."""
         return self.num_time_windows if self.window_boundaries is None else len(self.window_boundaries) - 1
@@ -134,6 +141,7 @@ CHOICES = {
     "lr_scheduler": tuple(kind.value for kind in SchedulerType if kind.value != "piecewise_constant"),
     "mixed_precision": (None, "no", "fp16", "bf16"),
 }
+FORMS = ("student", "delta", "lora", "artifact")  # of a product
 SHARES = ("caption_dropout", "data_starts", "timestep_starts", "timestep_grid", "lora_dropout")
 AT_LEAST_ONE = (
     "num_time_windows", "solver_steps", "solve_batch_size", "buffer_size", "reuse", "max_train_steps",
@@ -302,6 +310,8 @@ def _check(config: TrainingConfig) -> None:
         )
     if config.rescale_betas_zero_snr and config.prediction_type != "velocity":
         raise ConfigError("`rescale_betas_zero_snr` is defined for `prediction_type=velocity` only.")
+    if config.product is not None and (not config.product or set(config.product) - set(FORMS)):
+        raise ConfigError(f"`product={config.product}` must name some of {', '.join(FORMS)}; null: what was trained.")
     _check_guidance(config)
     _check_watch(config)
     _check_windows(config)

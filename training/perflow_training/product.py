@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,20 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from perflow_diffusers.hub.base import base_facts
-from perflow_diffusers.weights import Delta, compute_delta
-from perflow_diffusers.weights.extract import extract_lora
-from perflow_diffusers.weights.lora_layers import adapter_metadata
-from perflow_diffusers.weights.writer import specs_of, write_safetensors
+from perflow_diffusers.weights import WeightSource, compute_delta, content_hash
+from perflow_diffusers.weights.extract import LORA_FORMAT, LORA_NAME, extract_lora
+from perflow_diffusers.weights.files import WEIGHTS_NAME
+from perflow_diffusers.weights.writer import drop_shards, make_folder, write_folder, write_safetensors
 
-from .checkpoint import readable
-from .config import ConfigError, TrainingConfig
-from .student import build_student, load_trained
+from .base import MODEL_INDEX, Base, base_in_folder, loaded_base
+from .config import FORMS, ConfigError, TrainingConfig
+from .lazy import as_source, read_afresh
+from .student import build_student, check_trained, trained
+from .student_weights import student_weights, trained_lora
 
 logger = logging.getLogger(__name__)
-FORMS = ("student", "delta", "lora", "artifact")
-DELTA, LORA = "perflow.safetensors", "pytorch_lora_weights.safetensors"
+DELTA = "perflow.safetensors"
+SHARD = 10 * 10**9  # bytes, as in diffusers
 WITHOUT_ENCODERS = (
     "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder", "feature_extractor",
     "safety_checker",
@@ -39,7 +41,7 @@ def load_pipeline(
     have changed or be out of reach. Raises ConfigError for a name that is no pipeline.
     """
     name, where = config.pretrained_model_name_or_path, {"revision": config.revision}
-    if folder is not None and (Path(folder) / "model_index.json").is_file():
+    if folder is not None and (Path(folder) / MODEL_INDEX).is_file():
         name, where = str(folder), {}
     left_out: dict[str, Any] = {}
     try:
@@ -59,53 +61,72 @@ def load_pipeline(
 def folder_of(pipe: DiffusionPipeline) -> Path | None:
     """The folder that a pipeline was read from, in the Hub's cache or elsewhere; None if that is not known."""
     folder = Path(str(pipe.unet.config.get("_name_or_path", ""))).absolute().parent
-    return folder if (folder / "model_index.json").is_file() else None
+    return folder if (folder / MODEL_INDEX).is_file() else None
+
+
+def open_base(config: TrainingConfig, folder: str | Path | None = None) -> Base:
+    """The teacher for `write_products`; `folder` as in `load_pipeline`, and ConfigError for the same reasons."""
+    name = config.pretrained_model_name_or_path
+    title = Path(name).name if Path(name).exists() else name  # a path says nothing to others
+    for place in (folder, name):
+        if place is not None and (Path(place) / MODEL_INDEX).is_file():
+            found = base_in_folder(Path(place), config.variant, title)
+            if found is not None:
+                return found
+            break
+    return loaded_base(load_pipeline(config, encoders=False, folder=folder), title)
 
 
 def write_products(
     config: TrainingConfig,
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     out: str | Path,
-    forms: Sequence[str] = ("student", "delta"),
+    forms: Sequence[str] | None = None,
     *,
     lora_rank: int = 64,
     licence: str | None = None,
-    base: DiffusionPipeline | None = None,
+    base: Base | None = None,
 ) -> dict[str, Path]:
-    """Writes what `forms` names (of FORMS) from the trained `weights` by name; returns form -> path.
+    """Writes `forms` (of FORMS; None: those of `config`) of the trained `weights` by name; returns form -> path.
 
     student: `out`/unet, as diffusers saves it. delta: `out`/perflow.safetensors, fp16. lora: `out`/lora, the one that
-    was trained, or one of `lora_rank` extracted from the delta. artifact: `out`/artifact, with card, delta and LoRA,
-    ready for `load_perflow`. `base`: the teacher's pipeline in float32, read again by default. Files of an older run
-    are replaced.
+    was trained, or one of `lora_rank` extracted from the delta, which is then written, too. artifact: `out`/artifact,
+    ready for `load_perflow`, with a card and what else is written of delta and LoRA; what was trained in any case.
+    `base` is `open_base(config)` by default. Files of an older run are replaced.
+
+    Memory: a few tensors, and the LoRA if it has to be extracted; `weights` can be lazy.
     """
+    forms = config.forms if forms is None else forms
     unknown = sorted(set(forms) - set(FORMS))
     if unknown:
         raise ConfigError(f"{', '.join(unknown)} cannot be written; expected some of {', '.join(FORMS)}.")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    base = load_pipeline(config, encoders=False) if base is None else base
-    student = build_student(base.unet, config, share=False)
-    load_trained(student, weights)
-    if config.lora_rank:
-        student.fuse_lora()
-        student.unload_lora()
+    base = open_base(config) if base is None else base
+    given = as_source(weights, "the trained weights")
+    lora = trained_lora(config, given) if config.lora_rank else None
+    expected = dict(base.unet.named_parameters()) if lora is None else trained(build_student(base.unet, config))
+    check_trained(expected, given.shapes)
+    student = student_weights(config, base.weights, given)
+    facts = header(config, base.pipeline)
+    out = make_folder(Path(out))
     paths: dict[str, Path] = {}
     if "student" in forms:
-        student.eval().save_pretrained(out / "unet")
-        readable(out / "unet", out / "unet" / "config.json")
-        paths["student"] = out / "unet"
-    if set(forms) & {"delta", "lora", "artifact"}:
-        delta = _write_delta(config, base, student, out / DELTA)
-        paths["delta"] = out / DELTA
-        if "lora" in forms or ("artifact" in forms and config.lora_rank):
-            paths["lora"] = _write_lora(config, weights, delta, out / "lora", lora_rank)
+        paths["student"] = _write_student(base.unet, student, out / "unet")
+    base_hash = None
+    if "delta" in forms or (lora is None and set(forms) & {"lora", "artifact"}):
+        # files of an older run are replaced, as the student is: a run must not fail at its end for them
+        delta = compute_delta(base.weights, student, out / DELTA, dtype=torch.float16, metadata=facts, overwrite=True)
+        paths["delta"], base_hash = out / DELTA, delta.metadata["base_hash"]
+    if lora is not None and set(forms) & {"lora", "artifact"}:
+        origin = {"base": base.weights.name, "base_hash": base_hash or content_hash(base.weights)}
+        paths["lora"] = _write_lora(lora, {**facts, **origin}, out / "lora")
+    elif "lora" in forms:
+        paths["lora"] = _extracted(out / DELTA, out / "lora", lora_rank)
     if "artifact" in forms:
-        paths["artifact"] = _write_artifact(base, paths, out / "artifact", licence)
+        paths["artifact"] = _write_artifact(base.pipeline, paths, out / "artifact", licence)
     return paths
 
 
-def header(config: TrainingConfig, base: DiffusionPipeline) -> dict[str, Any]:
+def header(config: TrainingConfig, base: DiffusionPipeline | Path) -> dict[str, Any]:
     """What travels in the header of every file: how it was trained, how it is to be used, and for which base."""
     scale = config.solve_guidance
     name = config.pretrained_model_name_or_path
@@ -125,47 +146,46 @@ def header(config: TrainingConfig, base: DiffusionPipeline) -> dict[str, Any]:
     return {name: value for name, value in metadata.items() if value is not None}
 
 
-def _write_delta(config: TrainingConfig, base: DiffusionPipeline, student: nn.Module, path: Path) -> Delta:
-    return compute_delta(
-        base.unet.state_dict(),
-        student.state_dict(),
-        path,
-        dtype=torch.float16,
-        metadata=header(config, base),
-        overwrite=True,  # as the student beside it: a run must not fail at its end for an older run's file
+def _write_student(unet: nn.Module, weights: WeightSource, folder: Path) -> Path:
+    """Config and weights, in shards from the size on from which diffusers writes shards."""
+    unet.save_config(make_folder(folder))
+    specs = {name: (weights.shapes[name], weights.dtypes[name]) for name in weights}
+    tensors = ((name, weights[name]) for name in specs)
+    if weights.nbytes > SHARD:
+        write_folder(folder, specs, tensors, max_shard_size=SHARD, overwrite=True)
+        (folder / WEIGHTS_NAME).unlink(missing_ok=True)
+    else:
+        write_safetensors(folder / WEIGHTS_NAME, specs, tensors, {"format": "pt"}, overwrite=True)
+        drop_shards(folder)  # diffusers would go on loading those of an older student
+    return folder
+
+
+def _write_lora(lora: WeightSource, facts: dict[str, Any], folder: Path) -> Path:
+    """The trained LoRA in fp16, as diffusers stores one."""
+    specs = {name: (shape, torch.float16) for name, shape in lora.shapes.items()}
+    said = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+    fixed = {"format": "pt", "perflow_format": LORA_FORMAT, "dtype": "F16"}
+    return write_safetensors(
+        make_folder(folder) / LORA_NAME,
+        specs,
+        ((name, lora[name].half()) for name in specs),
+        {**said, **fixed, **lora.metadata},
+        overwrite=True,
     )
 
 
-def _write_lora(config: TrainingConfig, weights: dict[str, Tensor], delta: Delta, folder: Path, rank: int) -> Path:
-    """The trained LoRA as diffusers stores one, or the best one for the delta."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LORA
-    if not config.lora_rank:
-        logger.info("%s", extract_lora(delta, path, rank=rank, overwrite=True))
-        return path
-    tensors = {f"unet.{name.replace('.default.', '.')}": value.half() for name, value in weights.items()}
-    modules = {
-        name.removeprefix("unet.").removesuffix(".lora_A.weight"): (
-            value.shape[0],
-            config.lora_alpha or config.lora_rank,
-        )
-        for name, value in tensors.items()
-        if name.endswith(".lora_A.weight")
-    }
-    metadata = {
-        **delta.metadata,
-        "perflow_format": "lora-1",
-        "lora_adapter_metadata": json.dumps(adapter_metadata(modules)),
-    }
-    return write_safetensors(path, specs_of(tensors), tensors.items(), metadata, overwrite=True)
+def _extracted(delta: Path, folder: Path, rank: int) -> Path:
+    """The best LoRA of a rank for a delta."""
+    path = make_folder(folder) / LORA_NAME
+    logger.info("%s", extract_lora(read_afresh(delta), path, rank=rank, overwrite=True))
+    return path
 
 
-def _write_artifact(base: DiffusionPipeline, paths: dict[str, Path], folder: Path, licence: str | None) -> Path:
+def _write_artifact(base: DiffusionPipeline | Path, paths: dict[str, Path], folder: Path, licence: str | None) -> Path:
     from perflow_diffusers.hub.artifact import PeRFlowArtifact
 
-    artifact = PeRFlowArtifact.from_header(paths["delta"])
-    if "lora" in paths:
-        artifact = artifact.with_files(lora=paths["lora"])
+    weights = {form: paths[form] for form in ("delta", "lora") if form in paths}
+    artifact = PeRFlowArtifact.from_header(next(iter(weights.values()))).with_files(**weights)
     if licence is not None:
         artifact = replace(artifact, licence=licence)
     artifact.save(folder, base=base, overwrite=True)

@@ -141,7 +141,9 @@ def _refuse_to_overwrite(out: Path, there: list[Path]) -> None:
             f"{out} holds {there[-1].name} of an earlier run. Go on with resume_from_checkpoint=latest, "
             "choose another `output_dir`, or delete the old one."
         )
-    product = next((name for name in ("perflow.safetensors", "unet", "lora") if (out / name).exists()), None)
+    product = next(
+        (name for name in ("perflow.safetensors", "unet", "lora", "artifact") if (out / name).exists()), None
+    )
     if product:
         raise ConfigError(
             f"{out} holds `{product}` of an earlier run, which this one would overwrite. Choose another `output_dir`, "

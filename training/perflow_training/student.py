@@ -1,7 +1,7 @@
 """The network that is trained, a copy of the teacher's or its own weights with a LoRA; and its optimiser."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +9,8 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+
+from perflow_diffusers.weights import open_weights
 
 from .config import ConfigError, TrainingConfig
 
@@ -56,16 +58,21 @@ def trained(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: tensor for name, tensor in network.named_parameters() if tensor.requires_grad}
 
 
-def load_trained(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copies `weights` into the trained parameters. Raises ConfigError if they belong to another network."""
-    parameters = trained(network)
-    odd = sorted(set(weights) ^ set(parameters))
-    odd += [name for name in set(weights) & set(parameters) if weights[name].shape != parameters[name].shape]
+def check_trained(parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises ConfigError if weights of these `shapes` are not those of the trained `parameters`."""
+    odd = sorted(set(shapes) ^ set(parameters))
+    odd += [name for name in set(shapes) & set(parameters) if tuple(shapes[name]) != tuple(parameters[name].shape)]
     if odd:
         raise ConfigError(
             f"The checkpoint's weights are not those of this network: {len(odd)} differ, for example {odd[0]}. "
             "Use the `pretrained_model_name_or_path` and `lora_rank` that it was made with."
         )
+
+
+def load_trained(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copies `weights` into the trained parameters. Raises ConfigError if they belong to another network."""
+    parameters = trained(network)
+    check_trained(parameters, open_weights(weights).shapes)
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)

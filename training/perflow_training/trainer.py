@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .backbone import Backbone
 from .buffer import SolvedWindows, WindowBuffer
 from .checkpoint import (
+    EMA,
     CheckpointNotWritten,
     copy_into,
     full_tensors,
@@ -28,6 +29,7 @@ from .conditions import Conditions
 from .config import TrainingConfig
 from .draws import Draws
 from .feed import Feed
+from .lazy import read_afresh
 from .log import StepLog
 from .nonfinite import NonFinite
 from .objective import (
@@ -42,13 +44,17 @@ from .objective import (
     windows_of,
 )
 from .processes import by_main
-from .run_folder import begin_branch
+from .run_folder import begin_branch, step_of
 from .stopping import Stopped, Stopping
 from .student import DTYPES, build_student, make_optimizer, trained, values_in_place
 from .watch import Watch, answers_zero, check_start, expectation
 
 logger = logging.getLogger(__name__)
 Student = Callable[[Tensor, Tensor, Conditions], Tensor]
+HEAVY = (
+    "network", "optimizer", "schedule", "parameters", "ema", "plain_teacher", "plain_student", "teacher", "student",
+    "buffer", "feed", "validate",
+)  # fmt: skip
 Validate = Callable[[int, Backbone], dict[str, float]]
 
 
@@ -209,9 +215,10 @@ class Trainer:
             if self.step < self.config.max_train_steps:
                 by_main(self.accelerator, lambda: begin_branch(self.config.output_dir, self.step))
 
-    def train(self, on_log: Callable[[int, dict], None] | None = None) -> dict[str, Tensor]:
+    def train(self, on_log: Callable[[int, dict], None] | None = None) -> Mapping[str, Tensor]:
         """Runs up to `max_train_steps`, saves, and returns the EMA of the trained weights, whole and on the CPU.
 
+        They are read from the checkpoint as they are asked for; only if it could not be written they are in memory.
         Raises Stopped if a signal ended the run, after saving; TrainingStopped with a diagnosis.
         """
         config = self.config
@@ -244,7 +251,8 @@ class Trainer:
                     told = told or self.stopping.agreed()
         if told:
             raise Stopped(told)
-        return self.ema_weights()
+        saved = self.saved is not None and step_of(self.saved) == self.step
+        return read_afresh(self.saved / EMA) if saved else self.ema_weights()
 
     def _step(self, log: StepLog) -> Tensor | float | None:
         """One optimiser step; returns the gradient norm, None for a step that was left out."""
@@ -302,8 +310,20 @@ class Trainer:
         return 0
 
     def ema_weights(self) -> dict[str, Tensor]:
-        """The EMA of the trained parameters by name, whole, on the CPU."""
-        return full_tensors(list(self.parameters), self.ema.shadow_params)
+        """The EMA of the trained parameters by name, whole, on the CPU of the main process; {} on the others."""
+        return full_tensors(self._ema(), keep=self.accelerator.is_main_process)
+
+    def _ema(self) -> dict[str, Tensor]:
+        return dict(zip(self.parameters, self.ema.shadow_params, strict=True))
+
+    def release(self) -> None:
+        """Frees networks, optimiser, EMA, windows and encoders: it cannot train any more."""
+        self.schedule.optimizer = None  # the accelerator keeps the schedule
+        for name in HEAVY:
+            setattr(self, name, None)
+        if self.config.torch_compile:
+            torch.compiler.reset()
+        self.accelerator.free_memory()
 
     def save(self) -> Path | None:
         """A checkpoint of this step; None, with a warning, if it cannot be written: training goes on without."""
@@ -319,9 +339,8 @@ class Trainer:
             "solve_seconds": self.solve_seconds,
             "base_folder": None if self.base is None else str(self.base),
         }
-        windows = {name: tensor.cpu() for name, tensor in tensors.items()}
         try:
-            self.saved = save_checkpoint(self.accelerator, self.config, self.step, state, self.ema_weights(), windows)
+            self.saved = save_checkpoint(self.accelerator, self.config, self.step, state, self._ema(), tensors)
         except CheckpointNotWritten as error:
             last = f"The last one is {self.saved}." if self.saved else "There is none of this run yet."
             if self.accelerator.is_main_process:

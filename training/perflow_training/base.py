@@ -1,0 +1,74 @@
+"""The teacher as its product needs it: its weights in float32, one at a time, and what it says about itself."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import nn
+
+from perflow_diffusers.weights import WeightSource, open_weights
+from perflow_diffusers.weights.errors import WeightSourceError
+from perflow_diffusers.weights.keys import canonical_map
+
+from .lazy import as_source, read_afresh
+
+MODEL_INDEX = "model_index.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """`weights` in float32 by canonical name; `unet` of their shapes, perhaps without numbers (on the meta device).
+
+    `pipeline` is the folder, or the loaded pipeline, for those who ask for scheduler and signature.
+    """
+
+    weights: WeightSource
+    unet: nn.Module
+    pipeline: Path | DiffusionPipeline
+
+
+def base_in_folder(folder: Path, variant: str | None, name: str) -> Base | None:
+    """The base in a pipeline's `folder`, of which no more than a tensor is in memory at a time; `name` is for people.
+
+    None for one that must be loaded whole: weights that are not safetensors, of a variant that lies beside others, or
+    under names that diffusers translates.
+    """
+    try:
+        source = open_weights(folder)
+    except WeightSourceError:
+        return None
+    marked = [f".{variant}." in file.name or f".{variant}-" in file.name for file in source.files]
+    if variant is not None and not all(marked):
+        return None
+    unet = _empty_unet(folder / "unet")
+    names, collisions = canonical_map(source)
+    if unet is None or collisions:
+        return None
+    shapes = {key: source.shapes[own] for key, own in names.items()}
+    if shapes != {key: tuple(value.shape) for key, value in unet.state_dict().items()}:
+        return None
+    fresh = read_afresh(source)
+    weights = WeightSource(
+        name,
+        MappingProxyType(shapes),
+        MappingProxyType(dict.fromkeys(shapes, torch.float32)),
+        lambda key: fresh[names[key]].float(),
+    )
+    return Base(weights, unet, folder)
+
+
+def loaded_base(pipe: DiffusionPipeline, name: str) -> Base:
+    """The base of a pipeline in memory, in float32."""
+    return Base(as_source(open_weights(pipe.unet), name), pipe.unet, pipe)
+
+
+def _empty_unet(folder: Path) -> nn.Module | None:
+    """The network that a folder's config describes, on the meta device; None for one that is not diffusers' own."""
+    config = UNet2DConditionModel.load_config(folder) if (folder / "config.json").is_file() else {}
+    if config.get("_class_name") != UNet2DConditionModel.__name__:
+        return None
+    with init_empty_weights():
+        return UNet2DConditionModel.from_config(config)
