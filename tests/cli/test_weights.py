@@ -236,3 +236,16 @@ def test_a_warning_is_a_sentence_without_a_line_of_code(delta, perflow, tmp_path
     assert result.exit_code == 0, result.output
     assert "perflow convert: note: " in result.output and "mystyle" in result.output
     assert ".py" not in result.output and "UserWarning" not in result.output
+
+
+def test_ema_weights_if_asked(folders, perflow, tmp_path):
+    base, tuned, out = tmp_path / "base.safetensors", folders[1], tmp_path / "out.safetensors"
+    save_file({"model_ema.diffusion_modelinput_blocks00weight": torch.ones(1)}, base)
+    for words in (
+        ("diff", tuned, tuned, "--base-ema"),
+        ("diff", base, tuned, "--tuned-ema"),
+        ("merge", tuned, tuned, "--base-ema"),
+    ):
+        result = perflow(*words[:3], out, words[3])
+        assert result.exit_code == 2 and "has no EMA weights" in " ".join(result.output.split())
+    assert "EMA weights only" in perflow("info", base).output

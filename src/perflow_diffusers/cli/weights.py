@@ -17,6 +17,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and sa
 
 StoredDtype = Literal["float16", "bfloat16", "float32"]
 Form = Literal["diffusers", "kohya", "float16", "bfloat16", "int8", "comfy"]
+BaseEma = Annotated[bool, typer.Option(help="Of BASE, an original-format checkpoint, the EMA weights.")]
 PerflowType = Literal["ddim_eps", "diff_eps", "velocity"]
 
 
@@ -38,6 +39,8 @@ def diff(
     round_base: Annotated[
         bool, typer.Option(help="Round a base of a finer dtype (float32) to that of TUNED (float16) first.")
     ] = False,
+    base_ema: BaseEma = False,
+    tuned_ema: Annotated[bool, typer.Option(help="Of TUNED, an original-format checkpoint, the EMA weights.")] = False,
     shard_size: Annotated[float | None, typer.Option(help="Write shards of at most this many GB.")] = None,
     dry_run: DryRun = False,
     force: Force = False,
@@ -64,7 +67,8 @@ def diff(
     }
     with failing("diff"):
         check_out(out, force)
-        first, second = open_weights(base, **base_where), open_weights(tuned, **tuned_where)
+        first = open_weights(base, extract_ema=base_ema, **base_where)
+        second = open_weights(tuned, extract_ema=tuned_ema, **tuned_where)
         if dry_run:
             typer.echo(f"{check_delta(first, second, round_base=round_base)}\nDry run: {out} was not written.")
             return
@@ -98,6 +102,7 @@ def merge(
     conv_in: Annotated[
         Literal["pad", "skip"], typer.Option(help="A wider conv_in (inpainting): pad or skip it.")
     ] = "pad",
+    base_ema: BaseEma = False,
     dry_run: DryRun = False,
     force: Force = False,
 ) -> None:
@@ -121,7 +126,7 @@ def merge(
     with failing("merge"), progress_bar("merge") as progress:
         check_out(out, force)
         report = merge_files(
-            open_weights(base, **base_where),
+            open_weights(base, extract_ema=base_ema, **base_where),
             open_weights(delta, **delta_where),
             out,
             scale=parse_scale(scale),

@@ -13,12 +13,15 @@ from perflow_diffusers.weights.json_object import parsed
 from perflow_diffusers.weights.lora_kin import kin_shape, split_kin
 from perflow_diffusers.weights.lora_layers import lora_layers, named_tensors
 from perflow_diffusers.weights.lora_names import KIN_ROLES
+from perflow_diffusers.weights.original_file import ema_names, unet_names
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from perflow_diffusers.weights.where import HubOptions
+
+_EMA_COUNTERS = 2  # `model_ema.decay` and `model_ema.num_updates` are beside the EMA of a UNet
 
 #: header keys that say how a delta is to be used
 SETTINGS = (
@@ -43,8 +46,8 @@ class WeightsInfo:
     """What weights are, without reading their numbers.
 
     `kind` is "delta", "lora" or "weights", `form` the layout within it (delta-1, delta-int8-1, diffusers LoRA, kohya
-    LoRA, original checkpoint), `family` the kind of model in words, `dtypes` counts tensors by dtype, `ranks` LoRA
-    layers by rank; `settings` is what the header says of the use.
+    LoRA, original checkpoint or UNet, with or without EMA), `family` the kind of model in words, `dtypes` counts
+    tensors by dtype, `ranks` LoRA layers by rank; `settings` is what the header says of the use.
     """
 
     name: str
@@ -91,7 +94,7 @@ def describe_weights(source: Any, **where: "Unpack[HubOptions]") -> WeightsInfo:
     elif weights.kind == "lora":
         form, ranks, family = _lora(weights)
     elif keys.is_original_format(weights):
-        form, family = "original checkpoint", "diffusers' from_single_file"
+        form, family = _original(weights)
     elif weights.kind == "delta":
         form = weights.metadata.get("perflow_format", "delta")
     return WeightsInfo(
@@ -106,6 +109,18 @@ def describe_weights(source: Any, **where: "Unpack[HubOptions]") -> WeightsInfo:
         ranks=ranks,
         settings={key: _value(weights.metadata[key]) for key in SETTINGS if key in weights.metadata},
     )
+
+
+def _original(weights: WeightSource) -> tuple[str, str]:
+    """Form and family of an original-format file."""
+    names, means = unet_names(weights), ema_names(weights)
+    read = names or means
+    rest = len(weights) - len(names) - len(means)
+    form = "original checkpoint" if rest > _EMA_COUNTERS else "original UNet"
+    form += (", with EMA weights" if names else ", EMA weights only") if means else ""
+    shapes = {name: weights.shapes[key] for name, key in read.items()}
+    told = any(name.endswith("attn2.to_k.weight") for name in shapes)
+    return form, keys.family(shapes) if told else "diffusers' from_single_file"
 
 
 def _lora(weights: WeightSource) -> tuple[str, dict[int, int], str]:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 ORIGINAL_PREFIX = "model.diffusion_model."
+EMA_PREFIX = "model_ema.diffusion_model"
 
 _ADAPTER = re.compile(r"(^|\.)(lora_|lokr_|loha_|hada_|oft_|vera_|modules_to_save\.)|\.alpha$|\.dora_scale$")
 _LORA = re.compile(
@@ -25,6 +26,9 @@ _LORA_WORDS = (
 _EXTENSION = re.compile(
     r"\.processor\.|(^|\.)encoder_hid_proj\.|(^|\.)(motion_modules|motion_module)\.|(^|\.)position_net\.|\.fuser\."
     r"|(^|\.)class_embedding\.|(^|\.)time_embedding\.cond_proj\.|_joint\w*\.|\.to_q?kv\.|(^|\.)image_proj|(^|\.)ref_unet\."
+)
+_ORIGINAL = re.compile(
+    rf"{re.escape(ORIGINAL_PREFIX)}|{re.escape(EMA_PREFIX)}|(diffusion_model\.)?(input_blocks|middle_block|output_blocks)\.\d"
 )
 _FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "the SDXL refiner", 4096: "a T5-conditioned UNet"}
 
@@ -82,8 +86,12 @@ def has_adapters(names: Collection[str]) -> bool:
 
 
 def is_original_format(names: Iterable[str]) -> bool:
-    """Whether the names are those of an original-format checkpoint (`model.diffusion_model.input_blocks...`)."""
-    return any(name.startswith(ORIGINAL_PREFIX) for name in names)
+    """Whether the names are those of an original-format checkpoint or UNet, not of a LoRA in its spelling.
+
+    `model.diffusion_model.input_blocks...`, also with less of the prefix, or only the EMA (`model_ema...`).
+    """
+    names = list(names)
+    return any(_ORIGINAL.match(name) for name in names) and not is_lora(names)
 
 
 def family(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -15,6 +15,7 @@ from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.json_object import parsed
 from perflow_diffusers.weights.live import check_runs_on_its_weights, live_weights, unwrapped
 from perflow_diffusers.weights.locate import SHORT_NAMES, HubSpec, Located, locate, pickle_refused
+from perflow_diffusers.weights.original_file import ema_names
 from perflow_diffusers.weights.where import HubOptions, Where
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _unpickled(kind: type[WeightSource], values: dict[str, Any]) -> WeightSource
     return kind(**held)
 
 
-def open_weights(anything: Any, **where: "Unpack[HubOptions]") -> WeightSource:
+def open_weights(anything: Any, *, extract_ema: bool = False, **where: "Unpack[HubOptions]") -> WeightSource:
     """Open weights of any origin without reading their tensors.
 
     `anything` is a state dict, a `.safetensors` file, the folder of a diffusers model (sharded too) or of a pipeline
@@ -137,9 +138,17 @@ def open_weights(anything: Any, **where: "Unpack[HubOptions]") -> WeightSource:
     do not. Functions that take weights without these options take the opened source:
     `compute_delta(open_weights("owner/name", revision="v2"), tuned)`.
 
-    Raises `WeightSourceError` (a ValueError) for what cannot be found, is damaged, or is a pickle, and for a model
-    with adapters that act without being fused.
+    `extract_ema`: of a checkpoint in the original format, the running mean of the UNet's weights (`model_ema...`)
+    instead of the weights as trained.
+
+    Raises `WeightSourceError` (a ValueError) for what cannot be found, is damaged, or is a pickle, for a model
+    with adapters that act without being fused, and if `extract_ema` is asked of what has no EMA.
     """
+    source = _opened(anything, where)
+    return _mean_of(source) if extract_ema else source
+
+
+def _opened(anything: Any, where: "HubOptions") -> WeightSource:
     if isinstance(anything, WeightSource):
         return anything
     options = Where(**where)
@@ -172,6 +181,35 @@ def dtype_name(dtype: torch.dtype) -> str:
     if dtype not in DTYPE_NAMES:
         raise WeightSourceError(f"safetensors files cannot hold {dtype}; convert to one of {', '.join(_DTYPES)}.")
     return DTYPE_NAMES[dtype]
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Reads a tensor under another name."""
+
+    read: Callable[[str], torch.Tensor]
+    names: Mapping[str, str]
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return self.read(self.names[name])
+
+
+def _mean_of(source: WeightSource) -> WeightSource:
+    """The EMA weights of an original-format checkpoint, by the names of those as trained."""
+    names = ema_names(source)
+    if not names:
+        raise WeightSourceError(
+            f"{source.name} has no EMA weights (`model_ema.diffusion_model...`, as original-format checkpoints have "
+            "them). Leave extract_ema off; repositories of diffusers have them as a folder of their own, if at all "
+            '(subfolder="unet_ema").'
+        )
+    return replace(
+        source,
+        name=f"{source.name} (EMA)",
+        shapes=MappingProxyType({name: source.shapes[key] for name, key in names.items()}),
+        dtypes=MappingProxyType({name: source.dtypes[key] for name, key in names.items()}),
+        read=Renamed(source.read, names),
+    )
 
 
 def _from_module(module: torch.nn.Module) -> WeightSource:
