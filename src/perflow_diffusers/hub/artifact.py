@@ -182,9 +182,10 @@ class PeRFlowArtifact:
         """Write everything into `folder`: weights with complete headers, settings, scheduler, card, pictures.
 
         `base`: the pipeline (or its folder) that it was trained on; adds the network's signature and a sample of its
-        weights, by which loading recognises it. `samples`: (prompt, PIL picture) pairs for the card. Returns the
-        artefact in `folder`. Raises `ArtifactError` or `WeightWriteError` if something is there already or cannot be
-        written.
+        weights, by which loading recognises it. Merges that can be undone do not count as the base's. `samples`:
+        (prompt, PIL picture) pairs for the card. Returns the artefact in `folder`. Raises `ArtifactError` or
+        `WeightWriteError` if something is there already or cannot be written, `DeltaError` if the delta is a complete
+        model, `MergeError` if the base's own weights are gone.
         """
         save_artifact(self, Path(folder).expanduser(), base=base, samples=list(samples), overwrite=overwrite)
         return PeRFlowArtifact.from_folder(folder)

@@ -12,21 +12,33 @@ from perflow_diffusers.hub.documents import read_json
 from perflow_diffusers.hub.network import sample_base, signature
 from perflow_diffusers.hub.settings import BASE_TYPES, NOISE_FACTS
 from perflow_diffusers.weights.plan import find_unet
+from perflow_diffusers.weights.stack import before_merges
 
 
 def base_facts(base: Any) -> dict[str, Any]:
     """What a base says about itself, as fields of an artefact: network, base_sample, noise, base_prediction_type.
 
-    `base`: a pipeline, its folder, or a UNet (which says nothing about noise and prediction).
+    `base`: a pipeline, its folder, or a UNet (which says nothing about noise and prediction). What is merged into it
+    does not count.
     """
     if isinstance(base, str | os.PathLike):
         folder = Path(base).expanduser()
         network: Any = _configuration(folder / "unet" / "config.json") or _configuration(folder / "config.json")
     else:
         network = find_unet(base)
-    facts = {"base_sample": sample_base(base), "network": signature(network)}
+    facts = {"base_sample": sample_base(base_weights(base)), "network": signature(network)}
     facts.update(scheduler_facts(scheduler_config(base)))
     return {key: value for key, value in facts.items() if value}
+
+
+def base_weights(base: Any) -> Any:
+    """The weights of a base without what is merged into it; a path or weights as they are.
+
+    Raises `MergeError` for a model that has forgotten them.
+    """
+    if isinstance(base, str | os.PathLike | Mapping):
+        return base
+    return before_merges(find_unet(base))
 
 
 def scheduler_config(base: Any) -> dict[str, Any]:

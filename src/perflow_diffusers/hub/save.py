@@ -5,14 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perflow_diffusers.hub.base import base_facts, scheduler_config
+from perflow_diffusers.hub.base import base_facts, base_weights, scheduler_config
 from perflow_diffusers.hub.card import artifact_card
 from perflow_diffusers.hub.documents import check_free, copy_file, inside, place, write_json, write_text
 from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.find import CARD, SCHEDULER, SETTINGS, WEIGHTS
 from perflow_diffusers.hub.settings import FORMAT_VERSION, checked
-from perflow_diffusers.weights import WeightSource, content_hash, open_weights
-from perflow_diffusers.weights.lora import open_residual
+from perflow_diffusers.weights import DeltaError, WeightSource, content_hash, open_weights
+from perflow_diffusers.weights.complete import check_difference
+from perflow_diffusers.weights.keys import canonical_map, is_original_format
+from perflow_diffusers.weights.lora import as_delta, open_residual
 from perflow_diffusers.weights.writer import write_safetensors
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ def save_artifact(
     sources = {form: open_weights(given) for form, given in artifact.files.items() if form in NAMES}
     if not sources:
         raise ArtifactError("This artefact has no weights to save. Add them with `with_files(delta=...)`.")
+    if "delta" in sources:
+        _check_delta(sources["delta"])
     artifact = _completed(artifact, base)
     settings = artifact.settings
     checked(settings, "the artefact to save")
@@ -66,6 +70,15 @@ def _write(source: WeightSource, path: Path, header: dict[str, str], overwrite: 
     write_safetensors(path, specs, tensors, dict(sorted(header.items())), overwrite=overwrite)
 
 
+def _check_delta(source: WeightSource) -> None:
+    """Raise `DeltaError` for a model in place of a delta."""
+    if is_original_format(source):
+        raise DeltaError(f"{source.name} is a complete checkpoint, not a delta. Make one with `compute_delta`.")
+    delta = as_delta(source)
+    if not delta.partial:
+        check_difference(delta, canonical_map(delta)[0])
+
+
 def _residual(source: WeightSource) -> Path | None:
     """The file that a LoRA says it needs beside it."""
     files = open_residual(source).files
@@ -80,7 +93,7 @@ def _completed(artifact: "PeRFlowArtifact", base: Any) -> "PeRFlowArtifact":
     # Said by the training first: it may have rescaled the schedule of the pipeline that it started from.
     more = {key: value for key, value in more.items() if key not in ("noise", _PREDICTS) or not getattr(artifact, key)}
     if artifact.base_hash is None:
-        more["base_hash"] = content_hash(base)
+        more["base_hash"] = content_hash(base_weights(base))
     return replace(artifact, **more)
 
 
@@ -89,5 +102,6 @@ def _scheduler(artifact: "PeRFlowArtifact", base: Any) -> str:
     known = {**artifact.noise, "prediction_type": artifact.base_prediction_type}
     known = {key: value for key, value in known.items() if value is not None}
     own = scheduler_config(base)
-    defaulted = [key for key in own.get("_use_default_values", []) if key not in known]
-    return artifact.make_scheduler({**own, **known, "_use_default_values": defaulted}).to_json_string()
+    if "_use_default_values" in own:  # only of a live scheduler, by which it is told from a plain dict
+        known["_use_default_values"] = [key for key in own["_use_default_values"] if key not in known]
+    return artifact.make_scheduler({**own, **known}).to_json_string()

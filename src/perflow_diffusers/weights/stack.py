@@ -5,10 +5,11 @@ import signal
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import MergeError
 from perflow_diffusers.weights.plan import MergePlan
 from perflow_diffusers.weights.scales import Scale
-from perflow_diffusers.weights.source import open_weights
+from perflow_diffusers.weights.source import WeightSource, open_weights
 from perflow_diffusers.weights.sums import Kept, Layer, check_sums, sample, terms_of, write_weight
 from perflow_diffusers.weights.writer import specs_of, write_safetensors
 
@@ -87,6 +88,33 @@ def scale_of(unet: torch.nn.Module, number: int) -> Scale | None:
 def is_lost(unet: torch.nn.Module, number: int) -> bool:
     """Whether a merge is in the weights, but was pickled with them, so that nothing can undo it."""
     return number in stack_of(unet).lost
+
+
+def before_merges(unet: torch.nn.Module) -> WeightSource:
+    """The weights of a UNet as they were before its merges, from the bits that are kept to undo them.
+
+    Raises `MergeError` if a merge was made without them, or was pickled; else what `open_weights` raises.
+    """
+    source, stack = open_weights(unet), stack_of(unet)
+    lasting = [*(plan.source.name for plan in stack.permanent), *stack.lost.values()]
+    if lasting:
+        raise MergeError(
+            f"{', '.join(lasting)} is merged into this model, and the weights from before were not kept "
+            "(backup='none', or a model that was pickled since). Load the base again."
+        )
+    dtypes = {**source.dtypes, **{name: bits.dtype for name, bits in stack.base.items()}}
+    return replace(source, dtypes=MappingProxyType(dtypes), read=_Before(source.read, dict(stack.base)))
+
+
+@dataclass(frozen=True)
+class _Before:
+    """Reads the base bits of a merged weight, and any other weight as it is."""
+
+    read: Callable[[str], torch.Tensor]
+    base: Mapping[str, torch.Tensor]
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return self.base[name] if name in self.base else self.read(name)
 
 
 def save_bits(weights: Mapping[str, torch.Tensor], backup: Backup) -> Saved:
