@@ -10,6 +10,7 @@ from perflow_diffusers.weights import (
     MergeError,
     check_extract,
     check_shrink,
+    combine,
     compute_delta,
     extract_lora,
     merge_delta,
@@ -139,3 +140,12 @@ def test_sharded_models_and_models_without_norms(make_unet, tmp_path):
     save_file(bare, tmp_path / "bare.safetensors", {"identical": " ".join(name for name in state if name not in bare)})
     with pytest.raises(MergeError, match="complete weights"):
         plan_merge(unet, tmp_path / "bare.safetensors")
+
+
+def test_a_model_among_deltas_is_not_combined(model, tmp_path):
+    delta = difference(model, "30 %", torch.float32)
+    combine([delta, delta], tmp_path / "out.safetensors", dry_run=True)
+    for sources in ([model], [delta, model], [model, delta]):
+        with pytest.raises(DeltaError, match="complete weights, not a delta"):
+            combine(sources, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()

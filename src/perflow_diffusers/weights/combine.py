@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.complete import check_difference
 from perflow_diffusers.weights.concatenate import Joined, check_finite, concatenated, wider
 from perflow_diffusers.weights.delta import DELTA_FORMAT
 from perflow_diffusers.weights.errors import DeltaError
@@ -202,12 +203,14 @@ class _Sum:
 
 
 def _sum(deltas: Sequence[WeightSource], scales: Sequence[float], dtype: torch.dtype | None) -> _Sum:
-    """Raises `DeltaError` for doubled names, other shapes, and tensors that are not floating point."""
+    """Raises `DeltaError` for doubled names, complete weights, other shapes, tensors that are not floating point."""
     terms: dict[str, list[tuple[WeightSource, str, float]]] = {}
     for delta, scale in zip(deltas, scales, strict=True):
         names, collisions = keys.canonical_map(delta)
         if collisions:
             raise DeltaError(f"{delta.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
+        if not delta.partial:
+            check_difference(delta, names)
         for name, key in names.items():
             terms.setdefault(name, []).append((delta, key, scale))
     misfits = [

@@ -106,7 +106,7 @@ def compute_delta(
             path = write_safetensors(out, specs, iter(run), final_header, overwrite=overwrite)
         written, name = open_weights(path), str(path)
     if not round_base:
-        run.noise.warn(first.name, second.name, stacklevel=2)
+        run.noise.warn(first.name, second.name)
     return _delta(name, written, final_header(), run)
 
 

@@ -1,12 +1,12 @@
 """A base that is stored more finely than the tuned model: what of their difference is only the base's rounding."""
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from perflow_diffusers.weights.errors import DeltaError
+from perflow_diffusers.weights.notices import warn_user
 from perflow_diffusers.weights.source import dtype_name
 
 _MUCH = 0.1  # share of the difference, or of its numbers; of a change of more than a weight's step there is none
@@ -61,16 +61,14 @@ class RoundingNoise:
         if size and not left:
             self.noise += difference.numel()
 
-    def warn(self, base: str, tuned: str, stacklevel: int) -> None:
+    def warn(self, base: str, tuned: str) -> None:
         """Say how much of a difference is rounding, if it is much."""
         share = 1 - self.left / self.squares if self.squares else 0.0
         tensors = self.noise / self.numbers if self.numbers else 0.0
         if max(share, tensors) < _MUCH:
             return
-        warnings.warn(
+        warn_user(
             f"{tuned} is stored more coarsely than {base}, and much of their difference is only that: "
             f"{100 * max(share, 0.0):.0f} % of its squared norm, and all of it in {100 * tensors:.0f} % of the "
-            "numbers. round_base=True (--round-base) subtracts from the base in the tuned model's dtype.",
-            UserWarning,
-            stacklevel=stacklevel + 1,
+            "numbers. round_base=True (--round-base) subtracts from the base in the tuned model's dtype."
         )
