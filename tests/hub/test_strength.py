@@ -8,6 +8,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from hub_pipes import draw, make_pipe
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from perflow_diffusers import PeRFlowScheduler, merge_delta, set_delta_scale
 from perflow_diffusers.hub import ArtifactError, export_pipeline, load_perflow, set_perflow_scale, unload_perflow
@@ -219,3 +220,91 @@ def test_another_scheduler_of_the_user_gives_way_to_the_former_one(accelerators)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     unload_perflow(pipe)
     assert pipe.scheduler is former
+
+
+BLOCKS = {"down": 0.5, "mid": 0.25, "up": {"block_0": [0.1, 0.8], "block_1": 1.5}, "conv_in": 0.3, "time_embedding": 2}
+
+
+@WAYS
+def test_strength_by_block_is_that_of_the_whole_delta_by_block(way, accelerators):
+    """The judge is the delta, multiplied name by name and added to the base's weights."""
+    wanted = make_pipe("sd")
+    state = wanted.unet.state_dict()
+    for name, change in load_file(accelerators["sd"].delta).items():
+        top, number, kind, place = (name.split(".") + [""] * 3)[:4]
+        by_block = {"down_blocks": 0.5, "mid_block": 0.25, "conv_in": 0.3, "time_embedding": 2}
+        by_block["up_blocks"] = (
+            1.5 if number == "1" else 0.1 if (kind, place) in (("resnets", "0"), ("attentions", "0")) else 0.8
+        )
+        state[name] += change * by_block.get(top, 1)
+    wanted.scheduler = PeRFlowScheduler.from_config(wanted.scheduler.config, prediction_type="ddim_eps")
+    for pipe in (accelerated(way, accelerators, BLOCKS), accelerated(way, accelerators, 0.7)):
+        set_perflow_scale(pipe, BLOCKS)
+        assert near(quiet(pipe), draw(wanted))
+        set_perflow_scale(pipe, 1)
+        assert near(quiet(pipe), by_hand(accelerators))
+        unload_perflow(pipe)
+        assert np.array_equal(draw(pipe), draw(make_pipe("sd")))
+
+
+def test_an_attached_lora_has_the_strengths_by_block_that_diffusers_gives_it(accelerators):
+    """The judge is `set_adapters` on a LoRA of attention layers, the only ones that diffusers takes mappings for."""
+    scale = {"down": {"block_1": [0.5]}, "mid": 0.25, "up": {"block_0": [0.1, 0.8]}}
+
+    def strengths(unet, name):
+        layers = ((place, layer) for place, layer in unet.named_modules() if name in getattr(layer, "scaling", {}))
+        return {place: layer.scaling[name] / layer.lora_alpha[name] * layer.r[name] for place, layer in layers}
+
+    other = make_pipe("sd")
+    add_style(other)
+    other.unet.set_adapters("style", scale)
+    wanted = strengths(other.unet, "style")
+    found = strengths(accelerated("lora", accelerators, scale).unet, "perflow")
+    assert set(wanted.values()) == {0.5, 0.25, 0.1, 0.8}
+    assert {place: found[place] for place in wanted} == pytest.approx(wanted)
+
+
+def test_a_strength_by_block_is_watched_block_by_block(accelerators):
+    pipe = accelerated("lora", accelerators, {"up": 0.5})
+    quiet(pipe)
+    pipe.set_adapters("perflow", 0.5)
+    with pytest.warns(UserWarning, match=r"strength 0.5 instead of 1.*set_perflow_scale\(pipe, {\"up\": 0.5}\)"):
+        draw(pipe)
+    set_perflow_scale(pipe, {"up": 0.5})
+    set_delta_scale(pipe, {"up_blocks": 0.5})  # the same for what is merged beside it, in other words
+    quiet(pipe)
+    set_delta_scale(pipe, 0.5)
+    with pytest.warns(UserWarning, match="strength 0.5 instead of 1"):
+        draw(pipe)
+    nowhere = {"down": 0, "mid": 0, "up": 0} | dict.fromkeys(("conv_in", "conv_out", "conv_norm_out"), 0)
+    nowhere["time_embedding"] = 0
+    for way in ("delta", "lora", "merged lora"):
+        pipe = accelerated(way, accelerators, nowhere)
+        with pytest.warns(UserWarning, match="strength is 0"):
+            draw(pipe)
+
+
+@WAYS
+def test_a_strength_of_blocks_that_are_not_there_changes_nothing(way, accelerators, bits):
+    pipe = accelerated(way, accelerators, {"up": 0.5})
+    before, picture = bits.copy(pipe.unet), quiet(pipe)
+    for wrong in ({"up": {"block_7": 1}}, {"IN99": 1}, {"down": float("inf")}, {"up_blocks.0.nothing": 1}):
+        with pytest.raises(ArtifactError, match=r"(block_7|IN99|inf|nothing).*Nothing was changed"):
+            set_perflow_scale(pipe, wrong)
+        plain = make_pipe("sd")
+        with pytest.raises(ArtifactError, match=r"(block_7|IN99|inf|nothing).*Nothing was changed"):
+            load_perflow(plain, accelerators["sd"].folder, way.split()[-1], wrong)
+        assert not hasattr(plain.unet, "peft_config") and np.array_equal(draw(plain), draw(make_pipe("sd")))
+    assert bits.same(bits.copy(pipe.unet), before) and np.array_equal(quiet(pipe), picture)
+
+
+def test_an_export_has_the_strengths_by_block(accelerators, tmp_path):
+    for way in ("delta", "lora"):
+        pipe = accelerated(way, accelerators, BLOCKS)
+        picture = quiet(pipe)
+        export_pipeline(pipe, tmp_path / way, licence="mit")
+        assert np.array_equal(quiet(pipe), picture)
+        again = make_pipe("sd")
+        again.unet = type(again.unet).from_pretrained(tmp_path / way, subfolder="unet")
+        again.scheduler = PeRFlowScheduler.from_config(again.scheduler.config, prediction_type="ddim_eps")
+        assert near(draw(again), picture)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from perflow_diffusers.weights import MergeError, lora_names, merge_delta, merge_files, open_weights, set_delta_scale
+from perflow_diffusers.weights.combine import combine
 from perflow_diffusers.weights.scales import parse_scale, strength_of
 
 RESNET = "resnets.0.conv1.weight"
@@ -153,3 +154,10 @@ def test_scales_as_typed():
     for text in ("strong", "down=", "down=a", '{"up": 1', "1,2"):
         with pytest.raises(MergeError, match="cannot be read"):
             parse_scale(text)
+
+
+def test_a_scale_by_block_where_no_model_is_at_hand_says_what_it_has_to_be(tmp_path):
+    delta = {"conv_in.weight": torch.ones(2, 2, 3, 3)}
+    with pytest.raises(MergeError, match=r"scale={'down': 0.5} is by block. Here it is one number"):
+        combine([delta, delta], tmp_path / "both.safetensors", [{"down": 0.5}, 1])
+    assert not list(tmp_path.iterdir())

@@ -3,7 +3,7 @@
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from perflow_diffusers.weights.convert import convert_lora
 from perflow_diffusers.weights.lora import as_delta
 from perflow_diffusers.weights.lora_layers import lora_layers
 from perflow_diffusers.weights.plan import find_unet
+from perflow_diffusers.weights.scales import Strength
 
 ADAPTER = "perflow"
 _FIRST = "conv_in.weight"
@@ -44,7 +45,7 @@ def obstacle(pipe: Any, lora: WeightSource) -> str | None:
     return None
 
 
-def attach(pipe: Any, path: Path, scale: float) -> None:
+def attach(pipe: Any, path: Path, strength: Strength) -> None:
     """Load the LoRA in `path` as the adapter "perflow", active beside those that are active now.
 
     All or nothing. Raises `ArtifactError` if the name is taken. See `obstacle` for what has to be so.
@@ -67,7 +68,7 @@ def attach(pipe: Any, path: Path, scale: float) -> None:
         for name, layer in _layers(unet):  # every layer is told all names, as PEFT does it
             layer.set_adapter([*active.get(name, others), ADAPTER], inference_mode=True)
             if ADAPTER in _names(layer):
-                layer.set_scale(ADAPTER, scale)
+                layer.set_scale(ADAPTER, strength.of(f"{name}.weight"))
     except BaseException:
         detach(pipe)
         for name, layer in list(_layers(unet)):
@@ -134,43 +135,45 @@ def check_adapter(unet: torch.nn.Module) -> None:
         )
 
 
-def activate(unet: torch.nn.Module, scale: float) -> None:
+def activate(unet: torch.nn.Module, strength: Strength) -> None:
     """Give the adapter "perflow" its strength, and make it active beside those that act now.
 
     See `check_adapter` for what has to be so.
     """
-    for _, layer in _layers(unet):
+    for place, layer in _layers(unet):
         others = [] if layer.disable_adapters else [name for name in layer.active_adapters if name != ADAPTER]
         layer.enable_adapters(True)
         layer.set_adapter([*others, ADAPTER], inference_mode=True)
         if ADAPTER in _names(layer):
-            layer.set_scale(ADAPTER, scale)
+            layer.set_scale(ADAPTER, strength.of(f"{place}.weight"))
 
 
-def faulty_adapter(unet: torch.nn.Module, scale: float, rest: Sequence[float]) -> str | None:
-    """In words, why the adapter "perflow" does not act at `scale` on all of its layers, and what helps; or None.
+def faulty_adapter(unet: torch.nn.Module, strength: Strength, rest: Iterable[tuple[float, float]]) -> str | None:
+    """In words, why the adapter "perflow" has not its strength on all of its layers, and what helps; or None.
 
-    `rest`: the scales of what is merged beside it.
+    `rest`: pairs of strengths of what is merged beside it, that which it has and that which it should have.
     """
-    right = f"`set_perflow_scale(pipe, {scale:g})` puts it right, beside the other LoRAs."
-    layers = [layer for layer in _wrappers(unet) if ADAPTER in layer.scaling]
-    if not layers:
+    right = f"`set_perflow_scale(pipe, {strength})` puts it right, beside the other LoRAs."
+    named = [(name, layer) for name, layer in _wrappers(unet) if ADAPTER in layer.scaling]
+    if not named:
         return _REMOVED
-    loose = [layer for layer in layers if ADAPTER not in layer.merged_adapters]
+    wanted = [(layer, strength.of(f"{name}.weight")) for name, layer in named if ADAPTER not in layer.merged_adapters]
+    loose = [layer for layer, _ in wanted]
     if any(layer.merged for layer in loose):
         return "other LoRAs are fused into its layers, which hides it from them. Call `pipe.unfuse_lora()`."
     if any(layer.disable_adapters for layer in loose):
         return f"its LoRA is switched off, e.g. by `disable_lora()`. {right}"
     if any(ADAPTER not in layer.active_adapters for layer in loose):
         return f"its LoRA is not active: another one was loaded or chosen after it. {right}"
-    if scale == 0:
+    pairs = [*((_strength(layer, number), number) for layer, number in wanted), *rest]
+    if pairs and all(should == 0 for _, should in pairs):
         return "its strength is 0. `set_perflow_scale(pipe, 1.0)` switches it on."
-    strengths = [*(_strength(layer, scale) for layer in loose), *rest]
-    others = [value for value in strengths if not math.isclose(value, scale, rel_tol=1e-4)]
+    others = [pair for pair in pairs if not math.isclose(*pair, rel_tol=1e-4)]
     if others:
         return (
-            f"parts of it act at the strength {others[0]:g} instead of {scale:g}: `set_adapters` and a call with "
-            f"`cross_attention_kwargs={{'scale': ...}}` reach only its LoRA, and the latter may leave 1. {right}"
+            f"parts of it act at the strength {others[0][0]:g} instead of {others[0][1]:g}: `set_adapters` and a "
+            f"call with `cross_attention_kwargs={{'scale': ...}}` reach only its LoRA, and the latter may leave 1. "
+            f"{right}"
         )
     return None
 
@@ -218,18 +221,19 @@ def _layers(unet: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer))
 
 
-def _wrappers(unet: torch.nn.Module) -> list[Any]:
-    """PEFT's layers without their names: many times faster than `named_modules`, for this is asked at every run."""
+def _wrappers(unet: torch.nn.Module) -> list[tuple[str, Any]]:
+    """PEFT's layers by name: many times faster than `named_modules`, for this is asked at every run."""
     from peft.tuners.lora import LoraLayer
 
-    found: list[Any] = []
-    pending = [unet]
+    found: list[tuple[str, Any]] = []
+    pending = [("", unet)]
     while pending:
-        for child in pending.pop()._modules.values():
+        parent, module = pending.pop()
+        for part, child in module._modules.items():
             if isinstance(child, LoraLayer):
-                found.append(child)
+                found.append((parent + part, child))
             elif child is not None and child._modules:
-                pending.append(child)
+                pending.append((f"{parent}{part}.", child))
     return found
 
 

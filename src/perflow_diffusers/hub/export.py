@@ -117,12 +117,12 @@ def _merged(pipe: Any) -> Iterator[None]:
         rescale_merge(unet, number, name, 0)  # the whole LoRA, residual included, is merged below
     detach(pipe)
     try:
-        with merge_delta(pipe, as_delta(open_weights(path)), state.scale):
+        with merge_delta(pipe, as_delta(open_weights(path)), state.strength.given):
             yield
     finally:
-        attach(pipe, path, state.scale)
+        attach(pipe, path, state.strength)
         for number in state.merges:
-            rescale_merge(unet, number, name, state.scale)
+            rescale_merge(unet, number, name, state.strength.given)
 
 
 def _finish(pipe: Any, folder: Path, form: str, name: str, base_model: str | None, licence: str | None) -> None:

@@ -3,7 +3,7 @@
 Its strength or its scheduler alone: `set_perflow_scale`, `set_scheduler`.
 """
 
-import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +21,14 @@ from perflow_diffusers.hub.recognise import published_pipeline, settings_of
 from perflow_diffusers.hub.state import Companion, Loaded, companion, keep, loaded, was_taken_out
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import MergeHandle, WeightSource, merge_delta, open_weights
+from perflow_diffusers.weights.errors import MergeError
 from perflow_diffusers.weights.locate import SHORT_NAMES
 from perflow_diffusers.weights.lora import as_delta, open_residual
 from perflow_diffusers.weights.merge import Backup, rescale_merge, undo_merge
 from perflow_diffusers.weights.plan import find_unet
 from perflow_diffusers.weights.published import published
-from perflow_diffusers.weights.stack import is_lost, scale_of
+from perflow_diffusers.weights.scales import Scale, Strength, strength_of
+from perflow_diffusers.weights.stack import is_lost, layer_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,7 +45,7 @@ def load_perflow(
     pipe: Any,
     source: Any,
     weights: str = "auto",
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     strict: bool = True,
     *,
     backup: Backup = "cpu",
@@ -54,9 +56,9 @@ def load_perflow(
     `source`: a folder, a `.safetensors` file, a Hub id, a short name, or an artefact. `weights`: "delta" is merged
     into the UNet (see `merge_delta`, also for `backup`), "lora" attached as the adapter "perflow" beside other LoRAs
     (merged, too, where it cannot be: a pipeline without LoRAs, more input channels, other LoRAs fused or switched
-    off), "auto" the delta if there is one. `scale`: strength of the weights. The scheduler is made from the
-    pipeline's own and the artefact's settings. `where`: `revision`, `variant`, `subfolder`, `token`,
-    `local_files_only`, `cache_dir`, `force_download`, as in diffusers.
+    off), "auto" the delta if there is one. `scale`: strength of the weights, a number or numbers by block (see
+    `set_perflow_scale`). The scheduler is made from the pipeline's own and the artefact's settings. `where`:
+    `revision`, `variant`, `subfolder`, `token`, `local_files_only`, `cache_dir`, `force_download`, as in diffusers.
 
     Returns the artefact: sample with its `steps` and `guidance_scale`. The choice is logged at info level
     (`diffusers.logging.set_verbosity_info()`).
@@ -85,11 +87,11 @@ def load_perflow(
     if isinstance(source, str) and (source in SHORT_NAMES or published(source) is not None):
         what = "a local path, which wins over the known name" if Path(source).exists() else artifact.name
         logger.info(f"'{source}' is {what}.")
-    return _load(pipe, artifact, form, _strength(scale), strict, backup)
+    return _load(pipe, artifact, form, _strength(scale, find_unet(pipe)), strict, backup)
 
 
 def _load(
-    pipe: Any, artifact: PeRFlowArtifact, form: str, scale: float, strict: bool, backup: Backup
+    pipe: Any, artifact: PeRFlowArtifact, form: str, strength: Strength, strict: bool, backup: Backup
 ) -> PeRFlowArtifact:
     unet = find_unet(pipe)
     check_family(artifact, pipe, unet, strict)
@@ -104,12 +106,12 @@ def _load(
         if form == "lora":
             _check_shapes(artifact, lora, unet)
             residual = _residual(lora, unet)
-            attach(pipe, artifact.lora_file, scale)
+            attach(pipe, artifact.lora_file, strength)
             attached = True
             if residual is not None:
-                merges.append(merge_delta(pipe, residual, scale, backup=backup))
+                merges.append(merge_delta(pipe, residual, strength.given, backup=backup))
         else:
-            merges.append(merge_delta(pipe, artifact.files[form.split()[-1]], scale, backup=backup))
+            merges.append(merge_delta(pipe, artifact.files[form.split()[-1]], strength.given, backup=backup))
         former = pipe.scheduler
         scheduler._before_run = Companion(artifact, former, pipe, weights=True)
         pipe.scheduler = scheduler
@@ -119,9 +121,9 @@ def _load(
         for merge in reversed(merges):
             merge.undo()
         raise
-    keep(unet, Loaded(artifact, former, form, scale, tuple(merge.number for merge in merges)))
+    keep(unet, Loaded(artifact, former, form, strength, tuple(merge.number for merge in merges)))
     note = "" if why is None else f" (not attached: {why})"
-    logger.info(_summary(artifact, f"{form} x {scale:g}{note}", scheduler))
+    logger.info(_summary(artifact, f"{form} x {strength}{note}", scheduler))
     return artifact
 
 
@@ -159,34 +161,38 @@ def _take_out(pipe: Any, unet: torch.nn.Module, state: Loaded, force: bool) -> N
         check_detachable(pipe)
     for number in reversed(state.merges):
         # None and what was pickled are there to say that they cannot be undone; what is gone was undone by hand.
-        if number is None or is_lost(unet, number) or scale_of(unet, number) is not None:
+        if number is None or is_lost(unet, number) or layer_of(unet, number) is not None:
             undo_merge(unet, number, name, force=force)
     if state.form == "lora":
         detach(pipe)
 
 
-def set_perflow_scale(pipe: Any, scale: float) -> None:
+def set_perflow_scale(pipe: Any, scale: Scale) -> None:
     """Set the strength of what `load_perflow` put into a pipeline, all of it: 1 is full, 0 none.
+
+    `scale`: a number, or numbers by block as `merge_delta` takes them: `{"down": 0.8, "mid": 1, "up": {"block_1":
+    [0.4, 0.6, 0.8]}}`, "IN00" ... "OUT11", or beginnings of weights' names; what is not named is at 1.
 
     A merged accelerator is rescaled from the base's bits, without drift. An attached LoRA is rescaled with the biases
     and norms that are merged beside it, and made active beside the LoRAs that act now; those that are switched off
     stay so. This is the one way that reaches all parts: `set_adapters`, `disable_lora` and
     `cross_attention_kwargs={"scale": ...}` of diffusers act on adapters alone.
 
-    Raises `ArtifactError` if nothing is loaded, for a scale that is no finite number, and if its LoRA was removed or
-    LoRAs are fused; `MergeError` as `unload_perflow` does. Then nothing is changed.
+    Raises `ArtifactError` if nothing is loaded, for a scale that is no finite number or names no block of the UNet,
+    and if its LoRA was removed or LoRAs are fused; `MergeError` as `unload_perflow` does. Then nothing is changed.
     """
     state = loaded(pipe)
     if state is None:
         raise ArtifactError("Nothing is loaded into this pipeline by `load_perflow`, so there is no strength to set.")
-    unet, value = find_unet(pipe), _strength(scale)
+    unet = find_unet(pipe)
+    strength = _strength(scale, unet)
     if state.form == "lora":
         check_adapter(unet)
     for number in state.merges:
-        rescale_merge(unet, number, state.artifact.name, value)
+        rescale_merge(unet, number, state.artifact.name, strength.given)
     if state.form == "lora":
-        activate(unet, value)
-    keep(unet, replace(state, scale=value))
+        activate(unet, strength)
+    keep(unet, replace(state, strength=strength))
 
 
 def set_scheduler(pipe: Any, source: Any = None, **where: "Unpack[HubOptions]") -> PeRFlowScheduler:
@@ -233,15 +239,12 @@ def _form(artifact: PeRFlowArtifact, wanted: str) -> str:
     )
 
 
-def _strength(scale: Any) -> float:
-    """The scale as a number; raises `ArtifactError` for anything else."""
+def _strength(scale: Any, unet: torch.nn.Module) -> Strength:
+    """The scale made out for this UNet; raises `ArtifactError` for what is no scale, or none of it."""
     try:
-        value = float(scale)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise ArtifactError(f"scale={scale!r:.50} is not a finite number. Pass 1.0 for the full strength.")
-    return value
+        return strength_of(scale, live_shapes(unet) if isinstance(scale, Mapping) else ())
+    except MergeError as error:
+        raise ArtifactError(f"{error} Nothing was changed.") from error
 
 
 def _check_shapes(artifact: PeRFlowArtifact, lora: WeightSource, unet: torch.nn.Module) -> None:

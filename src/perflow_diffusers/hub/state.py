@@ -14,7 +14,8 @@ import torch
 from perflow_diffusers.hub.adapters import faulty_adapter
 from perflow_diffusers.weights.errors import MergeError
 from perflow_diffusers.weights.plan import find_unet
-from perflow_diffusers.weights.stack import is_lost, scale_of
+from perflow_diffusers.weights.scales import Strength
+from perflow_diffusers.weights.stack import is_lost, layer_of
 
 if TYPE_CHECKING:
     from perflow_diffusers.hub.artifact import PeRFlowArtifact
@@ -28,14 +29,15 @@ _RELOAD = "`unload_perflow(pipe)` puts the former scheduler back; then load the 
 class Loaded:
     """An accelerator in a UNet, on which this is kept.
 
-    `form`: "delta", "lora" (attached) or "merged lora". `scale`: its strength. `merges`: numbers of the merges of the
-    UNet that belong to it, None for one that cannot be undone. `former`: the scheduler before PeRFlow's.
+    `form`: "delta", "lora" (attached) or "merged lora". `strength`: its strength, in all or in each block. `merges`:
+    numbers of the merges of the UNet that belong to it, None for one that cannot be undone. `former`: the scheduler
+    before PeRFlow's.
     """
 
     artifact: "PeRFlowArtifact"
     former: Any
     form: str
-    scale: float
+    strength: Strength
     merges: tuple[int | None, ...]
 
 
@@ -135,11 +137,18 @@ def faulty(unet: torch.nn.Module) -> str | None:
             "the pipeline's UNet is another one than they were loaded into. Load the accelerator again, after "
             "`unload_perflow(pipe, force=True)`, which puts the former scheduler back."
         )
-    scales = [scale_of(unet, number) for number in state.merges if number is not None and not is_lost(unet, number)]
-    if None in scales:
+    layers = [layer_of(unet, number) for number in state.merges if number is not None and not is_lost(unet, number)]
+    if None in layers:
         return f"they were taken out by `unmerge_delta`. {_RELOAD}"
+    # As they are, and as they should be: the strengths of the weights that are merged.
+    pairs = (
+        (layer.strength.of(edit.name), state.strength.of(edit.name))
+        for layer in layers
+        if layer is not None
+        for edit in layer.plan.edits
+    )
     if state.form == "lora":
-        return faulty_adapter(unet, state.scale, [scale for scale in scales if isinstance(scale, int | float)])
-    if 0 in scales:
+        return faulty_adapter(unet, state.strength, pairs)
+    if layers and not any(strength for strength, _ in pairs):
         return "their strength is 0. `set_perflow_scale(pipe, 1.0)` switches them on."
     return None

@@ -53,6 +53,8 @@ def strength_of(scale: Any, names: Iterable[str]) -> Strength:
     if not isinstance(scale, Mapping):
         return Strength(_number(scale, "scale"))
     tree = _Tree(names)
+    if not tree.prefixes:
+        raise MergeError(f"scale={scale!r:.60} is by block. Here it is one number, for all blocks of a source.")
     parts: dict[str, float] = {}
     for key, value in scale.items():
         for name, number in tree.expand(key, value):

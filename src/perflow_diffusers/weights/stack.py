@@ -17,7 +17,6 @@ import torch
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import MergeError
 from perflow_diffusers.weights.plan import MergePlan
-from perflow_diffusers.weights.scales import Scale
 from perflow_diffusers.weights.source import WeightSource, open_weights
 from perflow_diffusers.weights.sums import Kept, Layer, check_sums, sample, terms_of, write_weight
 from perflow_diffusers.weights.writer import specs_of, write_safetensors
@@ -80,9 +79,9 @@ def stack_of(unet: torch.nn.Module) -> MergeStack:
     return unet.__dict__[_ATTRIBUTE]
 
 
-def scale_of(unet: torch.nn.Module, number: int) -> Scale | None:
-    """The present scale of one merge of a UNet, or None if it is not there (any more)."""
-    return next((layer.strength.given for layer in stack_of(unet).layers if layer.number == number), None)
+def layer_of(unet: torch.nn.Module, number: int) -> Layer | None:
+    """One merge of a UNet, with its present strength; None if it is not there (any more)."""
+    return next((layer for layer in stack_of(unet).layers if layer.number == number), None)
 
 
 def is_lost(unet: torch.nn.Module, number: int) -> bool:
