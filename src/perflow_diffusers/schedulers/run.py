@@ -14,7 +14,8 @@ Spans = dict[int, tuple[int, int]]
 
 _ANOTHER = (
     "{}, and the scheduler follows that one now. It serves one run at a time: give each its own, with shared weights: "
-    '`type(pipe)(**{{**pipe.components, "scheduler": PeRFlowScheduler.from_config(pipe.scheduler.config)}})`.'
+    '`type(pipe)(**{{**pipe.components, "scheduler": PeRFlowScheduler.from_config(pipe.scheduler.config)}})`, and '
+    "between threads a copy of each tokenizer, too."
 )
 
 
