@@ -1,5 +1,6 @@
 """Weights that are spread over processes: in a world of one, and as `accelerate launch` spreads them over two."""
 
+import gc
 import json
 import os
 import socket
@@ -12,13 +13,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers.training_utils import EMAModel
+from live_tensors import live_bytes
 from PIL import Image
 from run_log import logged
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import train_perflow
-from perflow_training.checkpoint import copy_into, full_tensors, whole
+from perflow_training import checkpoint
+from perflow_training.checkpoint import copy_into, full_tensors, whole, write_gathered
 from perflow_training.student import values_in_place
 
 FSDP2 = Path(train_perflow.__file__).parent / "configs" / "accelerate" / "fsdp2.yaml"
@@ -164,3 +168,44 @@ def test_sharded_over_two_processes_is_one_process_with_validation_checkpoints_a
     first, second = weights(one), weights(two)
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-4
     assert all(torch.equal(value, second[name]) for name, value in weights(again).items())
+
+
+def _gathers_on_two(rank, folder):
+    """Two processes write their shards' whole tensors: the one without a path holds one of them at a time."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    plain = {f"weight.{i}": torch.randn(64, 40) for i in range(6)}
+    mesh = dist.init_device_mesh("cpu", (2,))
+    values = {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in plain.items()}
+    del plain
+    gc.freeze()  # all that was imported: what is counted below is what comes after
+    sizes, gather = [], checkpoint.whole
+
+    def looked_at(value):
+        sizes.append(live_bytes())
+        return gather(value)
+
+    checkpoint.whole = looked_at
+    before = live_bytes()
+    write_gathered(values, Path(folder) / "ema.safetensors" if rank == 0 else None)
+    within = max(sizes) - before < 2 * 64 * 40 * 4
+    full = full_tensors(values, keep=rank == 0)
+    try:
+        write_gathered(values, Path(folder) / "none" / "ema.safetensors" if rank == 0 else None)
+        refused = False
+    except OSError:
+        refused = True
+    dist.barrier()  # both have come through what one of them could not write
+    (Path(folder) / f"{rank}.json").write_text(json.dumps([within, len(sizes), len(full), refused]))
+    dist.destroy_process_group()
+
+
+def test_shards_are_gathered_one_tensor_at_a_time_for_the_process_that_writes(tmp_path):
+    torch.multiprocessing.spawn(_gathers_on_two, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    wanted = {f"weight.{i}": torch.randn(64, 40) for i in range(6)}
+    got = load_file(tmp_path / "ema.safetensors")
+    assert got.keys() == wanted.keys() and all(torch.equal(got[name], value) for name, value in wanted.items())
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == [True, 18, 6, True]
+    assert second == [True, 18, 0, False]
