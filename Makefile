@@ -28,7 +28,7 @@ demo: $(VENV)/.demo
 	$(BIN)/perflow demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
