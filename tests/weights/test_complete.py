@@ -18,6 +18,7 @@ from perflow_diffusers.weights import (
     plan_merge,
     shrink_delta,
 )
+from perflow_diffusers.weights.comfy import check_comfy, delta_for_comfy
 
 FAMILIES = {
     "sd15": {"cross_attention_dim": 24},
@@ -79,6 +80,9 @@ def test_complete_models_never_pass_for_deltas(model, dtype, tmp_path):
             extract_lora(source, tmp_path / "out.safetensors", rank=2)
         with pytest.raises(DeltaError, match="complete weights, not a delta"):
             check_extract(source)
+        for act in (check_comfy, lambda given: delta_for_comfy(given, tmp_path / "out.safetensors")):
+            with pytest.raises(DeltaError, match="complete weights, not a delta"):
+                act(source)
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -89,6 +93,7 @@ def test_deltas_never_pass_for_complete_models(model, kind, dtype, tmp_path):
     merge_files(model, delta, tmp_path / "out.safetensors", dry_run=True)
     check_shrink(delta, "float16")
     check_extract(delta)
+    check_comfy(delta)
     if kind != "gains alone" and dtype == torch.float32:
         for pair in ((delta, model), (model, delta)):
             with pytest.raises(DeltaError, match="is a difference, not complete weights"):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.complete import check_difference
 from perflow_diffusers.weights.errors import DeltaError
 from perflow_diffusers.weights.header_facts import OF_BYTES
 from perflow_diffusers.weights.lora import as_delta
@@ -65,7 +66,7 @@ def delta_for_comfy(
 
 
 def check_comfy(delta: Any) -> str:
-    """One sentence on what `delta_for_comfy(delta, out)` would write; reads no tensor. Raises what it can see."""
+    """One sentence on what `delta_for_comfy(delta, out)` would write; reads a few tensors. Raises what it can see."""
     source, names = _named(delta)
     return f"{source.name} for ComfyUI's LoRA loader: {len(names)} tensors, {source.nbytes / 1e6:.2f} MB"
 
@@ -82,6 +83,7 @@ def _named(delta: Any) -> tuple[WeightSource, dict[str, str]]:
     plain, collisions = keys.canonical_map(source)
     if collisions:
         raise DeltaError(f"{source.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
+    check_difference(source, plain)
     wrong = [name for name in plain if _comfy_name(name) is None or not source.dtypes[plain[name]].is_floating_point]
     if wrong:
         raise DeltaError(

@@ -25,7 +25,7 @@ class Strength:
 
     def of(self, name: str) -> float:
         """The number for a canonical name: that of the longest beginning of it that is named, else 1."""
-        if not isinstance(self.given, Mapping):
+        if isinstance(self.given, float):  # asked for every weight at every run; Mapping's own test is slow
             return self.given
         while name:
             if name in self.parts:
