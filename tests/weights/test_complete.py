@@ -1,7 +1,11 @@
 """Complete weights and differences are told apart by their numbers: whole models never pass, real deltas always do."""
 
+import zlib
+
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from ldm_names import CONFIGS
 from safetensors.torch import save_file
 
 from perflow_diffusers.miniature import load_miniature
@@ -19,6 +23,8 @@ from perflow_diffusers.weights import (
     shrink_delta,
 )
 from perflow_diffusers.weights.comfy import check_comfy, delta_for_comfy
+from perflow_diffusers.weights.complete import check_complete, check_difference, is_complete_beside
+from perflow_diffusers.weights.source import WeightSource
 
 FAMILIES = {
     "sd15": {"cross_attention_dim": 24},
@@ -154,3 +160,46 @@ def test_a_model_among_deltas_is_not_combined(model, tmp_path):
         with pytest.raises(DeltaError, match="complete weights, not a delta"):
             combine(sources, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def drawn(name):
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def trained(shapes, gain, share=1.0):
+    """Weights with a trained model's figures, at these shapes, drawn when they are read; times `share`.
+
+    Gains `gain` +- 30 % from channel to channel, each norm its own 0.3 to 1.7 of that, one in ten near 0, that of the
+    end thrice as large; layers of 0.6 to 1.3 / sqrt(inputs), one in six still near the 0 that it began at.
+    """
+
+    def read(name):
+        shape, generator = shapes[name], drawn(name)
+        luck = torch.rand(2, generator=generator).tolist()
+        if len(shape) == 1 and name.endswith(".weight"):
+            own = 3 if name.startswith("conv_norm_out") else 0.02 if luck[0] < 0.1 else 0.3 + 1.4 * luck[1]
+            return share * gain * own * (1 + 0.3 * torch.randn(shape, generator=generator))
+        own = 0.02 if luck[0] < 1 / 6 else 0.6 + 0.7 * luck[1]
+        row = torch.randn(1, *shape[1:], generator=generator) * own / max(1, torch.Size(shape[1:]).numel()) ** 0.5
+        return share * (row if len(shape) > 1 else row[0]).expand(shape)
+
+    return WeightSource(f"{share:g} x a model", shapes, dict.fromkeys(shapes, torch.float32), read)
+
+
+@pytest.mark.parametrize("family", ["SD 1.5", "KOALA-700M"])
+@pytest.mark.parametrize("gain", [0.05, 5.0])
+def test_gains_of_any_size_are_told_in_models_of_real_size(family, gain):
+    with torch.device("meta"):
+        state = UNet2DConditionModel(**CONFIGS[family]).state_dict()
+    shapes = {name: tuple(weight.shape) for name, weight in state.items()}
+    names, model = {name: name for name in shapes}, trained(shapes, gain)
+    with pytest.raises(DeltaError, match="complete weights, not a delta"):
+        check_difference(model, names)
+    assert is_complete_beside(model, names, trained(shapes, 0.9 * gain))
+    for share in (0.3, -0.3, 0.01):
+        delta = trained(shapes, gain, share)
+        check_difference(delta, names)
+        assert not is_complete_beside(delta, names, model)
+        with pytest.raises(DeltaError, match="is a difference, not complete weights"):
+            check_complete(model, names, delta, names)
+    check_complete(model, names, trained(shapes, 1.3 * gain), names)

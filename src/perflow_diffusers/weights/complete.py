@@ -9,9 +9,9 @@ import torch
 from perflow_diffusers.weights.errors import DeltaError
 from perflow_diffusers.weights.source import WeightSource
 
-# A gain begins at 1 and stays positive; a layer's numbers are about 0.6 to 1.3 / sqrt(inputs), trained or not. A delta
-# of 30 % of all that has a product of at most 0.1 x 1.5.
-_PRODUCT, _AGREEMENT = 0.2, 0.5
+# Gains begin at 1 and stay positive, but trained ones are anything from 0.05 to 5. A layer's numbers are 0.58 /
+# sqrt(inputs) at first and 0.6 to 1.3 / sqrt(inputs) later, whatever the gains: of a delta of 30 %, 0.4.
+_SIZE, _GAIN, _AGREEMENT = 0.47, 0.02, 0.5
 _SAME_SIZE, _SMALLER = 0.6, 0.5  # beside a base: shares of its figures
 _NEAR = 0.5  # relative distance of gains; even a delta of 30 % of the base's gains is 0.7 away from them
 _LAYERS, _ROWS = 12, 8
@@ -100,7 +100,7 @@ def is_complete_beside(source: WeightSource, names: Mapping[str, str], weights: 
 
 
 def _is_complete(found: Figures) -> bool:
-    return found.size is not None and found.agreement > _AGREEMENT and found.gain * found.size > _PRODUCT
+    return found.size is not None and found.size > _SIZE and found.gain > _GAIN and found.agreement > _AGREEMENT
 
 
 def _distance(given: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], names: list[str]) -> float:
