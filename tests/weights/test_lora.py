@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from ldm_names import CONFIGS
 from lora_files import (
     WRITERS,
     layers_of,
@@ -42,18 +43,7 @@ def relative(found, wanted):
 
 
 def test_names_of_all_modules_come_back_from_underscores():
-    xl = {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "use_linear_projection": True,
-        "cross_attention_dim": 2048,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }
-    for config, count in (({"cross_attention_dim": 768}, 282), (xl, 794)):
+    for config, count in ((CONFIGS["SD 1.5"], 282), (CONFIGS["SDXL"], 794)):
         with torch.device("meta"):
             modules = layers_of(UNet2DConditionModel(**config))
         assert len(modules) == count

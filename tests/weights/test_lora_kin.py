@@ -342,3 +342,20 @@ def test_a_header_of_diffusers_with_a_dora(unet, make_unet, tmp_path):
     assert json.loads(open_weights(tmp_path / "lora").metadata["lora_adapter_metadata"])["use_dora"]
     merge_delta(unet, tmp_path / "lora")
     assert relative(output(unet), output(live)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("module", "family"),
+    [
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "a UNet of unknown width"),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "a UNet with text embeddings of width 6"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1", "text encoders alone"),
+    ],
+)
+def test_a_lora_is_said_to_be_for_what_its_layers_show(module, family):
+    """A UNet of which no layer is changed that reads text is no UNet without text."""
+    pair = {f"{module}.lora_A.weight": torch.ones(2, 6), f"{module}.lora_B.weight": torch.ones(4, 2)}
+    assert describe_weights(pair).family == family
+    loha = {f"{module}.hada_w{one}_{side}": torch.ones(2, 2) for one in "12" for side in "ab"}
+    found = describe_weights({**loha, **{name: torch.ones(2, 6) for name in loha if name.endswith("_b")}})
+    assert found.family == family and found.form == "LoHa layers"

@@ -131,13 +131,15 @@ def _lora(weights: WeightSource) -> tuple[str, dict[int, int], str]:
     except WeightSourceError:
         return "an unsupported kind of LoRA", {}, "an unknown model"
     shapes = {f"{layer.module}.weight": weights.shapes[layer.down] for layer in layers if layer.component == "unet"}
-    shapes |= {f"{layer.module}.weight": kin_shape(weights, layer, None) for layer in kin.layers}
+    shapes |= {f"{one.module}.weight": kin_shape(weights, one, None) for one in kin.layers if one.component == "unet"}
     ranks = Counter(layer.rank for layer in layers)
     roles = {name.role for name in named_tensors(weights).values()}
     kinds = sorted({KIN_ROLES[role] for role in roles if role in KIN_ROLES})
     layout = "kohya" if any(layer.prefix for layer in layers) else "diffusers"
     form = f"{', '.join(kinds)} layers" if kinds else f"{layout} LoRA"
-    return form, dict(sorted(ranks.items())), keys.family(shapes)
+    told = any(name.endswith("attn2.to_k.weight") for name in shapes)
+    family = keys.family(shapes) if told else "a UNet of unknown width" if shapes else "text encoders alone"
+    return form, dict(sorted(ranks.items())), family
 
 
 def _value(text: str) -> Any:

@@ -201,8 +201,8 @@ def _refuse_kin(source: WeightSource, parsed: Mapping[str, lora_names.LoraName])
     for what, count in Counter(kin.values()).most_common():
         first = next(key for key in kin if kin[key] == what)
         raise WeightSourceError(
-            f"{source.name} holds {count} {what} tensors ({first}), which are no low-rank pairs that can be renamed. "
-            "`merge_delta` and `merge_files` compute them from the file as it is."
+            f"{source.name} holds {count} {what} tensors ({first}), which are no low-rank pairs: only those can be "
+            "converted and combined. `merge_delta` and `merge_files` compute them from the file as it is."
         )
 
 
