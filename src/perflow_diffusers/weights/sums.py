@@ -135,11 +135,12 @@ class Kept:
     @property
     def share(self) -> float:
         """1 for all of it, 0 for none."""
-        total = lost = 0.0
-        for factor, wanted, before, after in self._samples:
-            exact = wanted.double()
-            total += factor * exact.square().sum().item()
-            lost += factor * (after.double() - before.double() - exact).square().sum().item()
+        if not self._samples:
+            return 1.0
+        factors = torch.cat([torch.full((len(after),), factor) for factor, _, _, after in self._samples]).double()
+        wanted, before, after = (torch.cat([one[k].double() for one in self._samples]) for k in (1, 2, 3))
+        total = (factors * wanted.square()).sum().item()
+        lost = (factors * (after - before - wanted).square()).sum().item()
         return max(0.0, 1 - lost / total) if total else 1.0
 
     def warn(self, what: str, dtypes: Iterable[torch.dtype]) -> None:
