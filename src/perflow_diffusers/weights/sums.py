@@ -137,7 +137,9 @@ class Kept:
         """1 for all of it, 0 for none."""
         if not self._samples:
             return 1.0
-        factors = torch.cat([torch.full((len(after),), factor) for factor, _, _, after in self._samples]).double()
+        factors = torch.cat(
+            [torch.full((len(after),), factor, device="cpu") for factor, _, _, after in self._samples]
+        ).double()
         wanted, before, after = (torch.cat([one[k].double() for one in self._samples]) for k in (1, 2, 3))
         total = (factors * wanted.square()).sum().item()
         lost = (factors * (after - before - wanted).square()).sum().item()
