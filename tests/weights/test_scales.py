@@ -161,3 +161,15 @@ def test_a_scale_by_block_where_no_model_is_at_hand_says_what_it_has_to_be(tmp_p
     with pytest.raises(MergeError, match=r"scale={'down': 0.5} is by block. Here it is one number"):
         combine([delta, delta], tmp_path / "both.safetensors", [{"down": 0.5}, 1])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_handle_shows_the_strength_of_now(unet):
+    delta = {name: torch.full_like(weight, 0.1) for name, weight in unet.state_dict().items()}
+    handle = merge_delta(unet, delta, 0.5)
+    assert " x 0.5 into " in repr(handle) and repr(handle).endswith("; active)")
+    handle.set_scale({"up": 0.25})
+    assert repr(handle).endswith('; now x {"up": 0.25})')
+    handle.undo()
+    assert repr(handle).endswith("; undone)")
+    permanent = merge_delta(unet, delta, 0.5, backup="none")
+    assert repr(permanent).endswith("; no backup, cannot be undone)")

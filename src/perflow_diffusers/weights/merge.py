@@ -148,7 +148,14 @@ class MergeHandle:
             self.undo()
 
     def __repr__(self) -> str:
-        return f"MergeHandle({self.report}; {'active' if self.active else 'not undoable or undone'})"
+        if self.number is None:
+            return f"MergeHandle({self.report})"
+        if self._unet() is None:
+            return f"MergeHandle({self.report}; its UNet is gone)"
+        now = "active" if self.scale == self.report.scale else f"now x {Strength(self.scale)}"
+        if not self.active:
+            now = "undone"
+        return f"MergeHandle({self.report}; {now})"
 
 
 def _no_unet() -> None:
