@@ -140,7 +140,8 @@ class Kept:
         factors = torch.cat(
             [torch.full((len(after),), factor, device="cpu") for factor, _, _, after in self._samples]
         ).double()
-        wanted, before, after = (torch.cat([one[k].double() for one in self._samples]) for k in (1, 2, 3))
+        columns = zip(*(one[1:] for one in self._samples), strict=True)
+        wanted, before, after = (torch.cat([part.double() for part in column]) for column in columns)
         total = (factors * wanted.square()).sum().item()
         lost = (factors * (after - before - wanted).square()).sum().item()
         return max(0.0, 1 - lost / total) if total else 1.0
