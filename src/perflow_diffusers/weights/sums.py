@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -132,9 +132,9 @@ class Kept:
             self._samples.append((weight.numel() / len(after), wanted, before.to(weight.dtype), after))
         return after
 
-    @property
+    @cached_property
     def share(self) -> float:
-        """1 for all of it, 0 for none."""
+        """1 for all of it, 0 for none; to be asked for when all weights are added."""
         if not self._samples:
             return 1.0
         factors = torch.cat(
