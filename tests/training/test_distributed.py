@@ -108,7 +108,7 @@ import os, pathlib, signal, sys, time
 import train_perflow
 from perflow_training import checkpoint
 from perflow_training.trainer import Trainer
-step, save, here, rank = Trainer._step, checkpoint.save_file, pathlib.Path(sys.argv.pop(1)), os.environ["RANK"]
+step, save, here, rank = Trainer._step, checkpoint.write_safetensors, pathlib.Path(sys.argv.pop(1)), os.environ["RANK"]
 if rank == "1":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 def slow(self, log):
@@ -116,11 +116,11 @@ def slow(self, log):
     (here / f"step-{self.step}-{rank}").touch()
     time.sleep(3)
     return norm
-def full(tensors, path, *more):
+def full(path, *more, **options):
     if path.parent.name == ".checkpoint-1.tmp" and path.name == "windows-00001.safetensors":
         raise OSError(28, "No space left on device")
-    save(tensors, path, *more)
-Trainer._step, checkpoint.save_file = slow, full
+    save(path, *more, **options)
+Trainer._step, checkpoint.write_safetensors = slow, full
 try:
     train_perflow.main()
 except SystemExit as end:
