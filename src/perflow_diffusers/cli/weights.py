@@ -208,11 +208,13 @@ def extract_lora(
         typer.echo(str(result))
 
 
+@with_hub_options(without=("revision", "variant", "subfolder"))
 def combine(
     sources: Annotated[list[str], typer.Argument(help="LoRAs or deltas of any form, two or more.")],
     out: Annotated[
         Path, typer.Argument(help="A .safetensors file, or for LoRAs a folder that load_lora_weights reads.")
     ],
+    where: dict[str, Any],
     scale: Annotated[
         list[float] | None, typer.Option(help="Strength of a source; repeat for each, in order. Default: 1 for all.")
     ] = None,
@@ -233,11 +235,12 @@ def combine(
     import torch
 
     from perflow_diffusers.weights import combine as combine_weights
+    from perflow_diffusers.weights import open_weights
 
     with failing("combine"), progress_bar("combine") as progress:
         check_out(out, force)
         report = combine_weights(
-            sources,
+            [open_weights(source, **where) for source in sources],
             out,
             scale,
             dtype=getattr(torch, dtype) if dtype else None,
