@@ -43,8 +43,6 @@ class Run:
         self.owner = threading.get_ident()
         self.positions = {t: i for i, t in enumerate(self.points[:-1])}
         self.unversioned = self.timesteps.is_inference()
-        # nothing has an address on the device "meta"; asked for once, since every step compares with it
-        self.address, self.nbytes = self.timesteps.data_ptr(), 8 * len(self.steps)
 
     def follow(self, former: Run) -> None:
         """Take the place of another run."""
@@ -64,10 +62,11 @@ class Run:
         own = self.timesteps
         if timestep.dtype is not torch.int64 or not (self.unversioned or own._version == 0):
             return None
-        if not self.address:
+        first = own.data_ptr()
+        if not first:  # nothing has an address on the device "meta"
             return int(timestep.storage_offset()) if timestep.device == own.device else None
-        offset = timestep.data_ptr() - self.address
-        return offset >> 3 if 0 <= offset < self.nbytes else None
+        offset = timestep.data_ptr() - first
+        return offset >> 3 if 0 <= offset < 8 * len(self.steps) else None
 
     def position(self, timestep: int | float | Tensor) -> int:
         """The same for numbers and copies: by value where it costs no wait for a device, else by counting."""
