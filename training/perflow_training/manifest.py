@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .data.manifest import file_hash
+from perflow_diffusers.weights.repository import file_sha256
 
 MANIFEST = "manifest.json"
 FORMAT = "perflow-checkpoint-1"
@@ -24,7 +24,7 @@ def entries(folder: Path, names: Iterable[str]) -> dict[str, dict]:
     """Name -> {bytes, sha256} of files in `folder`."""
     names = list(names)
     with ThreadPoolExecutor(THREADS, "hash") as pool:
-        hashes = list(pool.map(file_hash, [folder / name for name in names]))
+        hashes = list(pool.map(file_sha256, [folder / name for name in names]))
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": value}
         for name, value in zip(names, hashes, strict=True)

@@ -132,7 +132,7 @@ def _check_content(repository: Repository, name: str, path: Path) -> None:
     size = path.stat().st_size
     fine = size == repository.sizes[name]
     if fine and wanted is not None and path.resolve().name != wanted:
-        fine = _sha256(path) == wanted
+        fine = file_sha256(path) == wanted
     if not fine:
         raise WeightSourceError(
             f"{name} of '{repository.name}' in the cache is not the file that the repository lists ({size:,} bytes, "
@@ -140,7 +140,8 @@ def _check_content(repository: Repository, name: str, path: Path) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits; memory: 4 MiB."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from perflow_diffusers.weights.repository import file_sha256
 from perflow_diffusers.weights.writer import specs_of, write_safetensors
 
 from .encoders import Encoders
 from .example import Example, time_ids
-from .manifest import EMPTY_PROMPT, FORMAT, OPTIONS, check_files, check_same, file_hash, read_manifest, write_manifest
+from .manifest import EMPTY_PROMPT, FORMAT, OPTIONS, check_files, check_same, read_manifest, write_manifest
 from .options import DataError, DataOptions
 from .order import Drawn
 from .report import Failure, Watch
@@ -86,7 +87,7 @@ def _begin(folder: Path, made: dict, encoders: Encoders, dtype: torch.dtype) -> 
         "count": 0,
         "records": 0,
         "skipped": {},
-        "empty_prompt": {"file": EMPTY_PROMPT, "bytes": path.stat().st_size, "sha256": file_hash(path)},
+        "empty_prompt": {"file": EMPTY_PROMPT, "bytes": path.stat().st_size, "sha256": file_sha256(path)},
         "shards": [],
     }
     write_manifest(folder, manifest)
@@ -187,7 +188,7 @@ class _Writer:
         return {
             "file": name,
             "bytes": path.stat().st_size,
-            "sha256": file_hash(path),
+            "sha256": file_sha256(path),
             "groups": rows,
             "skipped": skipped,
         }

@@ -1,12 +1,13 @@
 """The manifest of a cache: what it was made from, which shards it has and what is in them."""
 
-import hashlib
 import json
 import os
 import secrets
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from perflow_diffusers.weights.repository import file_sha256
 
 from .encoders import same_model
 from .options import DataError
@@ -64,14 +65,6 @@ def check_same(folder: Path, manifest: dict, wanted: dict) -> None:
             raise DataError(f"The cache {folder} was made with `{name}={made}`, not with {value}. {way_out}")
 
 
-def file_hash(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            total.update(part)
-    return total.hexdigest()
-
-
 def check_files(folder: Path, manifest: dict, *, hashes: bool) -> None:
     """Raise DataError unless each file is there with its size, its rows and (if `hashes`) its SHA-256."""
     for entry in [*manifest["shards"], manifest["empty_prompt"]]:
@@ -88,7 +81,7 @@ def _problem(path: Path, entry: dict, hashes: bool) -> str | None:
         return "is missing"
     if path.stat().st_size != entry["bytes"]:
         return f"has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"
-    if hashes and file_hash(path) != entry["sha256"]:
+    if hashes and file_sha256(path) != entry["sha256"]:
         return "has other contents than when it was written (SHA-256)"
     try:
         with safe_open(path, framework="pt") as opened:
