@@ -12,18 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from perflow_diffusers.hub import perflow_scheduler
 from perflow_diffusers.miniature import MINIATURE_GUIDANCE, load_miniature, miniature_prompts
+from perflow_diffusers.schedulers.stock import stock_scheduler
 from perflow_diffusers.weights import merge_delta
 
-#: stock samplers, each with the timestep spacing and last sigma that suit it best on the miniature at few steps
-STOCK: dict[str, tuple[str, dict[str, Any]]] = {
-    "DDIM": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
-    "Euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
-    "DPM-Solver++": (
-        "DPMSolverMultistepScheduler",
-        {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"},
-    ),
-    "UniPC": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}),
-}
 SCALE = 4  # how many times a picture is enlarged, by repeating its pixels
 LABEL = 236  # width of the column of labels
 HEADER = 88  # height of a row of prompts
@@ -43,14 +34,6 @@ class Row:
     milliseconds: float
     distance: float | None
     prompts: tuple[str, ...]
-
-
-def stock_scheduler(name: str, config: Any) -> Any:
-    """A diffusers scheduler of `STOCK` for a pipeline's scheduler config."""
-    import diffusers
-
-    kind, options = STOCK[name]
-    return getattr(diffusers, kind).from_config(config, **options)
 
 
 def sample(

@@ -25,7 +25,7 @@ from perflow_diffusers import (
     unload_perflow,
     unmerge_delta,
 )
-from perflow_diffusers.demo import STOCK, stock_scheduler
+from perflow_diffusers.schedulers.stock import STOCK, stock_scheduler
 from perflow_diffusers.hub import perflow_scheduler
 from perflow_diffusers.miniature import miniature_folder
 

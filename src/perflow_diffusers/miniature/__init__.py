@@ -1,7 +1,9 @@
 """A real Stable Diffusion pipeline in a few megabytes, trained on pixel-art avatars: for demos and tests."""
 
+import functools
 import json
 import random
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,6 +13,10 @@ import torch
 MINIATURE_GUIDANCE = 7.5
 #: the embedded checkpoints: the base, and the base's UNet fine-tuned as people fine-tune theirs
 MINIATURE_CHECKPOINTS = ("avatars", "disco")
+
+
+#: words that say nothing by themselves: not learnt, and not worth a remark
+_LITTLE = frozenset("an the in of is has have who and wearing wears his her their this that picture portrait".split())
 
 
 def miniature_folder() -> Path:
@@ -48,6 +54,37 @@ def miniature_prompts(n: int, seed: int = 0, checkpoint: str = "avatars") -> lis
     if not 1 <= n <= len(prompts):
         raise ValueError(f"`n={n}` prompts were asked for; there are 1 to {len(prompts)} for {checkpoint!r}.")
     return random.Random(seed).sample(prompts, n)
+
+
+def unknown_words(prompt: str, checkpoint: str = "avatars") -> list[str]:
+    """The words of a prompt that no picture of the checkpoint's training was described with, in their order.
+
+    The miniature draws on as if they were not there. Articles and their like are not named.
+
+    Raises:
+        ValueError: unknown checkpoint.
+    """
+    _check(checkpoint)
+    words = re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+", prompt.lower())
+    known = _vocabulary(checkpoint) | _LITTLE
+    return list(dict.fromkeys(word for word in words if word not in known))
+
+
+def unknown_words_sentence(prompt: str, checkpoint: str = "avatars") -> str:
+    """A sentence that names a prompt's unknown words and says what the checkpoint knows; "" if there are none."""
+    words = unknown_words(prompt, checkpoint)
+    if not words:
+        return ""
+    named = ", ".join(f'"{word[:20]}"' for word in words[:6]) + (" ..." if len(words) > 6 else "")
+    known = "hair, skin, hat, glasses, beard, clothes, background, colours, happy, sad"
+    are = "is" if len(words) == 1 else "are"
+    return f"{named} {are} unknown to the {checkpoint}, who draw on without. They know a person with {known}."
+
+
+@functools.cache
+def _vocabulary(checkpoint: str) -> frozenset[str]:
+    prompts = json.loads((miniature_folder() / "prompts.json").read_text())[checkpoint]
+    return frozenset(word for prompt in prompts for word in re.findall(r"[a-z]+", prompt))
 
 
 def _check(checkpoint: str) -> None:

@@ -1,0 +1,1 @@
+"""The page: a pipeline that draws while someone types, beside the same pipeline without its accelerator."""
