@@ -25,7 +25,7 @@ class DeskError(RuntimeError):
 class Ticket:
     """A wish of a window. Iterate over it for its events: (kind, what), until it is done or superseded.
 
-    Events that the desk itself adds: ("failed", sentence) and, for one that a newer wish replaced, ("superseded", None).
+    The desk's own events: ("failed", sentence) and, for one that a newer wish replaced, ("superseded", None).
     """
 
     window: str

@@ -42,9 +42,7 @@ def open_studio(
     if offload is not None and offload not in OFFLOADS:
         raise OpeningError(f"`offload={offload!r}` is unknown. Choose one of {', '.join(OFFLOADS)}.")
     if offload and chosen == "cpu":
-        raise OpeningError(
-            "Offloading moves parts of a pipeline to a GPU when they are needed; here is none. Leave it out."
-        )
+        raise OpeningError("Offloading moves parts of a pipeline to a GPU when needed; here is none. Leave it out.")
     if dtype is not None and dtype not in DTYPES:
         raise OpeningError(f"`dtype={dtype!r}` is unknown. Choose one of {', '.join(DTYPES)}.")
     kind = DTYPES[dtype] if dtype else torch.float32 if chosen == "cpu" else torch.float16
@@ -88,9 +86,7 @@ def _load(model: str, dtype: torch.dtype) -> Any:
 
     path = Path(model).expanduser()
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        raise OpeningError(
-            f"{path.name} may be a pickle, which can run code when it is opened. Take a .safetensors file."
-        )
+        raise OpeningError(f"{path.name} may be a pickle, which can run code. Take a .safetensors file.")
     if path.suffix.lower() == ".safetensors":
         if not path.is_file():
             raise OpeningError(f"The file {model} does not exist.")
@@ -102,8 +98,8 @@ def _load(model: str, dtype: torch.dtype) -> Any:
         except (SafetensorError, OSError) as error:
             raise OpeningError(f"{path.name} is no whole .safetensors file ({error}). Download it again.") from None
         is_xl = any(name.startswith("conditioner.embedders.") for name in names)
-        cls = diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline
-        return _told(lambda: cls.from_single_file(str(path), torch_dtype=dtype), model)
+        one: Any = diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline
+        return _told(lambda: one.from_single_file(str(path), torch_dtype=dtype), model)
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise OpeningError(f"{model} has no model_index.json, so it is no pipeline as diffusers saves them.")
     if path.is_absolute() and not path.exists():

@@ -1,5 +1,6 @@
 """Pictures that come in, checked; pictures that go out, with their settings inside."""
 
+import contextlib
 import io
 import json
 import re
@@ -139,8 +140,6 @@ def _from_parameters(text: str) -> Settings:
         values["seed"] = min(int(pairs["Seed"][:20]), MAX_SEED)
     if pairs.get("Sampler") == "PeRFlow" and pairs.get("Steps", "").isdigit():
         values["steps"] = min(max(int(pairs["Steps"][:6]), 1), MAX_STEPS)
-        try:
+        with contextlib.suppress(ValueError):
             values["guidance_scale"] = float(pairs.get("CFG scale", "1"))
-        except ValueError:
-            pass
     return Settings.from_dict(values)
