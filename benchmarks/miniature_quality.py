@@ -24,8 +24,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from perflow_diffusers import MINIATURE_GUIDANCE, load_miniature, merge_delta
-from perflow_diffusers.schedulers.stock import STOCK, stock_scheduler
 from perflow_diffusers.hub import perflow_scheduler
+from perflow_diffusers.schedulers.stock import STOCK, stock_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training" / "miniature"))
 from attributes import AttributeClassifier, load_classifier

@@ -25,9 +25,9 @@ from perflow_diffusers import (
     unload_perflow,
     unmerge_delta,
 )
-from perflow_diffusers.schedulers.stock import STOCK, stock_scheduler
 from perflow_diffusers.hub import perflow_scheduler
 from perflow_diffusers.miniature import miniature_folder
+from perflow_diffusers.schedulers.stock import STOCK, stock_scheduler
 
 DATA = Path(__file__).parents[2] / "training" / "miniature" / "data"
 

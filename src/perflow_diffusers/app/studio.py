@@ -25,6 +25,7 @@ from perflow_diffusers.weights.plan import find_unet
 #: told (step, steps) after each step; the picture is given up if it answers True
 Cancelled = Callable[[int, int], bool]
 SMALL = 50_000_000  # parameters up to which a second UNet is cheaper than changing the strength for each comparison
+_THREADS = torch.get_num_threads()
 KEPT = 32  # comparisons that are remembered
 
 
@@ -108,7 +109,7 @@ class Studio:
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of a picture if the settings name none."""
-        side = find_unet(self.pipe).config.sample_size
+        side = self.pipe.unet.config.sample_size
         height, width = side if isinstance(side, (list, tuple)) else (side, side)
         return width * self.pipe.vae_scale_factor, height * self.pipe.vae_scale_factor
 
@@ -129,8 +130,8 @@ class Studio:
 
     def prepare_thread(self) -> None:
         """Called once in the thread that draws. A small network is faster, and steadier beside others, on one core."""
-        if self.second is not None and self.pipe.device.type == "cpu":
-            torch.set_num_threads(1)
+        small = self.second is not None and self.pipe.device.type == "cpu"
+        torch.set_num_threads(1 if small else _THREADS)
 
     def draw(
         self, settings: Settings, image: Image.Image | None = None, cancelled: Cancelled | None = None
@@ -235,17 +236,21 @@ class Studio:
                 raise Interrupted
             return tensors
 
-        with self._dressed(self._pipe_for(image), settings) as pipe, _counted(pipe.unet) as count:
-            with _watched(pipe.scheduler, keep) as estimates, warnings.catch_warnings():
-                begin = time.perf_counter()
-                try:
-                    # A strength of 0 and a guidance of one's own are what was asked for here.
-                    warnings.filterwarnings("ignore", message="PeRFlowScheduler is drawing")
-                    result = pipe(**call, callback_on_step_end=after_step)
-                except Interrupted:
-                    pipe.maybe_free_model_hooks()
-                    raise
-                milliseconds = 1000 * (time.perf_counter() - begin)
+        with (
+            self._dressed(self._pipe_for(image), settings) as pipe,
+            _counted(pipe.unet) as count,
+            _watched(pipe.scheduler, keep) as estimates,
+            warnings.catch_warnings(),
+        ):
+            # A strength of 0 is what was asked for here.
+            warnings.filterwarnings("ignore", message="PeRFlowScheduler is drawing")
+            begin = time.perf_counter()
+            try:
+                result = pipe(**call, callback_on_step_end=after_step)
+            except Interrupted:
+                pipe.maybe_free_model_hooks()
+                raise
+            milliseconds = 1000 * (time.perf_counter() - begin)
         return Drawing(result.images[0], settings, count[0], milliseconds, estimates)
 
     def states(self, drawing: Drawing) -> list[Image.Image]:

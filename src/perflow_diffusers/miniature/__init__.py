@@ -16,7 +16,9 @@ MINIATURE_CHECKPOINTS = ("avatars", "disco")
 
 
 #: words that say nothing by themselves: not learnt, and not worth a remark
-_LITTLE = frozenset("an the in of is has have who and wearing wears his her their this that picture portrait".split())
+_LITTLE = frozenset(
+    ["an", "the", "in", "of", "is", "has", "who", "wearing", "their", "his", "her", "this", "portrait"]
+)
 
 
 def miniature_folder() -> Path:
