@@ -1,5 +1,7 @@
 # make demo   few-step pictures from the embedded miniature pipeline, before and after
+# make app    a page that draws while you type, with the same pipeline
 # make test   the tests
+# make browser   Debian's chromium, for the tests of the page
 # make lint   ruff, types, import contracts
 # make artifact   the miniature's accelerator as people publish one: delta, LoRAs, card, pictures
 # make miniature   trains everything that is embedded, from the committed pictures (about 2.5 hours on 2 cores)
@@ -8,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint artifact miniature quality clean
+.PHONY: demo app browser test lint artifact miniature quality clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -22,10 +24,21 @@ $(VENV)/.demo: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing perflow-diffusers and its test tools into $(VENV)"
 	$(PIP) -e ".[dev]"
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo $(VENV)/.app
 
 demo: $(VENV)/.demo
 	$(BIN)/perflow demo
+
+$(VENV)/.app: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing perflow-diffusers and Gradio into $(VENV)"
+	$(PIP) -e ".[app]"
+	@touch $@ $(VENV)/.demo
+
+app: $(VENV)/.app
+	$(BIN)/perflow app
+
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && S= || S=sudo; $$S apt-get update -q && $$S apt-get install -q -y chromium; }
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile

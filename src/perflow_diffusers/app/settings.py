@@ -60,8 +60,8 @@ class Settings:
             self._real("strength", 0, 1)
             if int(self.steps * self.strength) < 1 or int(self.stock_steps * self.strength) < 1:
                 raise SettingsError(
-                    f"A strength of {self.strength:g} leaves none of {min(self.steps, self.stock_steps)} steps: the first "
-                    "ones are skipped. Raise the strength or the number of steps."
+                    f"A strength of {self.strength:g} leaves none of {min(self.steps, self.stock_steps)} steps: the "
+                    "first are skipped. Raise the strength or the number of steps."
                 )
         for name in ("width", "height"):
             if getattr(self, name) is not None:

@@ -4,6 +4,8 @@ import functools
 import json
 import random
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -36,13 +38,38 @@ def load_miniature(checkpoint: str = "avatars", dtype: torch.dtype = torch.float
     Raises:
         ValueError: unknown checkpoint.
     """
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-
     _check(checkpoint)
-    replaced = {}
-    if checkpoint != "avatars":
-        replaced["unet"] = UNet2DConditionModel.from_pretrained(miniature_folder() / checkpoint / "unet", dtype=dtype)
-    return StableDiffusionPipeline.from_pretrained(miniature_folder() / "avatars", dtype=dtype, **replaced)
+    with _silence():
+        from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+        folder, replaced = miniature_folder(), {}
+        if checkpoint != "avatars":
+            replaced["unet"] = UNet2DConditionModel.from_pretrained(folder / checkpoint / "unet", dtype=dtype)
+        pipe = StableDiffusionPipeline.from_pretrained(folder / "avatars", dtype=dtype, **replaced)
+    pipe.set_progress_bar_config(disable=None)  # a bar for people, none in pipes and logs
+    return pipe
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No bars for 14 MB, and no lines about what transformers misses but the miniature does not need."""
+    import transformers
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers.logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled(), diffusers_logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars[0]:
+            transformers_logging.enable_progress_bar()
+        if bars[1]:
+            diffusers_logging.enable_progress_bar()
 
 
 def miniature_prompts(n: int, seed: int = 0, checkpoint: str = "avatars") -> list[str]:
