@@ -46,7 +46,7 @@ def _loading(studio: Studio) -> list[str]:
         return [f"pipe = pf.load_miniature({checkpoint})"]
     kind, dtype = type(studio.pipe).__name__, str(studio.pipe.dtype)
     how = "from_single_file" if Path(studio.model).is_file() else "from_pretrained"
-    lines = [f"pipe = {kind}.{how}({_text(studio.model)}, torch_dtype={dtype})"]
+    lines = [f"pipe = {kind}.{how}({_text(studio.model)}, dtype={dtype})"]
     device = studio.pipe.device.type
     if studio.offload:
         lines.append(f"pipe.enable_{'model' if studio.offload == 'model' else 'sequential'}_cpu_offload()")

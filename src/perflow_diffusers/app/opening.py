@@ -99,14 +99,14 @@ def _load(model: str, dtype: torch.dtype) -> Any:
             raise OpeningError(f"{path.name} is no whole .safetensors file ({error}). Download it again.") from None
         is_xl = any(name.startswith("conditioner.embedders.") for name in names)
         one: Any = diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline
-        return _told(lambda: one.from_single_file(str(path), torch_dtype=dtype), model)
+        return _told(lambda: one.from_single_file(str(path), dtype=dtype), model)
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise OpeningError(f"{model} has no model_index.json, so it is no pipeline as diffusers saves them.")
     if path.is_absolute() and not path.exists():
         raise OpeningError(f"{model} does not exist.")
     source = str(path) if path.exists() else model
     cls = diffusers.AutoPipelineForText2Image
-    return _told(lambda: cls.from_pretrained(source, torch_dtype=dtype, use_safetensors=True), model)
+    return _told(lambda: cls.from_pretrained(source, dtype=dtype, use_safetensors=True), model)
 
 
 def _told(load: Callable[[], Any], model: str) -> Any:

@@ -61,7 +61,6 @@ class Page:
         if settings is None or studio is None:
             yield self._changes(note=views.message(sorry or self.room.status, "error"))
             return
-        note = views.message(self._about_words(settings.prompt))
         try:
             ticket = self.room.draw(request.session_hash or "one", settings, image)
         except DeskError as error:
@@ -72,7 +71,8 @@ class Page:
             if kind == "picture":
                 png = views.png_of(what, studio)
                 code = as_python(settings, studio, "input.png" if image is not None else None)
-                yield self._changes(picture=views.accelerated(what, png), note=note, code=code)
+                words = " ".join([self._about_words(settings.prompt), *what.notes]).strip()
+                yield self._changes(picture=views.accelerated(what, png), note=views.message(words), code=code)
             elif kind == "comparison":
                 without = views.png_of(what, studio, without=True) if what is not None else None
                 yield self._changes(stock=views.comparison(what, without), slider=views.slider(png, without))
@@ -310,7 +310,8 @@ class Page:
                 "concurrency_limit": None,
                 **quiet,
             }
-            typed = [control.input for control in controls]
+            # A prompt is pasted, dictated and put there by scripts, too, which `input` does not see.
+            typed = [control.input for control in controls if control is not prompt] + [prompt.change]
             gr.on([*typed, editor.change], **live)
             text_tab.select(lambda: "text", None, mode, **quiet).then(**live)
             image_tab.select(lambda: "image", None, mode, **quiet).then(**live)

@@ -92,9 +92,7 @@ class Settings:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise SettingsError(
-                f"The settings have fields that this version does not know: {', '.join(unknown)[:200]}."
-            )
+            raise SettingsError(f"The settings have fields unknown to this version: {', '.join(unknown)[:200]}.")
         if "prompt" not in values:
             raise SettingsError("The settings have no prompt.")
         return cls(**values)

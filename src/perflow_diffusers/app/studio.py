@@ -38,7 +38,8 @@ class Drawing:
     """A picture of its pipeline's own size, and what it cost.
 
     `evaluations`: pictures that went through the UNet, counted as they did (guidance doubles them). `milliseconds`: of
-    the whole call, text encoder and VAE included. `estimates`: the clean latents that each step foresaw.
+    the whole call, text encoder and VAE included. `estimates`: the clean latents that each step foresaw. `notes`:
+    what the library warned of.
     """
 
     picture: Image.Image
@@ -46,6 +47,7 @@ class Drawing:
     evaluations: int
     milliseconds: float
     estimates: list[torch.Tensor] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -240,10 +242,9 @@ class Studio:
             self._dressed(self._pipe_for(image), settings) as pipe,
             _counted(pipe.unet) as count,
             _watched(pipe.scheduler, keep) as estimates,
-            warnings.catch_warnings(),
+            warnings.catch_warnings(record=True) as caught,
         ):
-            # A strength of 0 is what was asked for here.
-            warnings.filterwarnings("ignore", message="PeRFlowScheduler is drawing")
+            warnings.simplefilter("always")
             begin = time.perf_counter()
             try:
                 result = pipe(**call, callback_on_step_end=after_step)
@@ -251,7 +252,10 @@ class Studio:
                 pipe.maybe_free_model_hooks()
                 raise
             milliseconds = 1000 * (time.perf_counter() - begin)
-        return Drawing(result.images[0], settings, count[0], milliseconds, estimates)
+        # A strength of 0 is what was asked for here.
+        said = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+        notes = [text for text in said if not text.startswith("PeRFlowScheduler is drawing")]
+        return Drawing(result.images[0], settings, count[0], milliseconds, estimates, notes)
 
     def states(self, drawing: Drawing) -> list[Image.Image]:
         """The picture that each step foresaw, decoded: pred_original_sample of the scheduler."""

@@ -71,6 +71,8 @@ def draw(
                 guidance_scale=studio.guidance_scale if guidance is None else guidance,
             )
             drawing = studio.draw(settings)
+            for text in drawing.notes:
+                typer.echo(f"perflow draw: note: {text}", err=True)
             path = _write(to_png(enlarge(drawing.picture), settings, studio.about), out or Path(_named(prompt)))
             typer.echo(str(path))
 

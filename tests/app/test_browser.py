@@ -1,0 +1,239 @@
+"""What a visitor of the page does, in a real browser."""
+
+import base64
+import io
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from app_server import Server
+from PIL import Image
+
+from perflow_diffusers import PeRFlowScheduler, load_miniature
+
+SHOTS = os.environ.get("PERFLOW_SCREENSHOTS")  # a folder: the documents' pictures are those that the tests take
+
+
+def shot(page, name):
+    if SHOTS:
+        page.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
+
+
+def source(page, where="picture"):
+    return page.locator(f"#{where} img").get_attribute("src")
+
+
+def pixels(uri, side=32):
+    """The picture's own pixels: the page enlarges by whole factors."""
+    picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    factor = picture.width // side
+    small = np.asarray(picture)[::factor, ::factor]
+    assert (np.asarray(picture) == small.repeat(factor, 0).repeat(factor, 1)).all()
+    return small
+
+
+def settled(page, change):
+    """Do something, and wait until all has been drawn anew: the strip of states comes last."""
+    states = "document.querySelector('#states').innerHTML"
+    before = page.evaluate(states)
+    change()
+    page.wait_for_function(f"before => {states} !== before", arg=before, timeout=30_000)
+
+
+def set_slider(page, name, value):
+    field = page.locator(f"#{name} input[type=number]")
+    field.fill(str(value))
+    field.press("Enter")
+
+
+def test_typing_changes_the_pictures_and_nothing_leaves_the_machine(server, window):
+    page = window(server.address)
+    before, stock = source(page), source(page, "stock-picture")
+    box = page.locator("#prompt textarea")
+    settled(page, lambda: box.fill("a sad person with a purple hat"))
+    assert source(page) != before and source(page, "stock-picture") != stock
+    facts = page.locator("#picture .facts").inner_text()
+    assert re.fullmatch(r"4 network evaluations, \d+ ms", facts)
+    assert page.locator("#stock-picture .facts").inner_text().startswith("8 network evaluations, ")
+    assert page.locator("#states figure").count() == 4
+    outside = [url for url in page.requests if not url.startswith((server.address, "data:", "blob:"))]
+    assert outside == [] and page.faults == []
+    shot(page, "page")
+
+
+def test_the_words_that_no_picture_was_described_with_are_named(server, window):
+    page = window(server.address)
+    settled(page, lambda: page.locator("#prompt textarea").fill("a dragon with red hair"))
+    assert page.locator("#note").inner_text().startswith('"dragon" is unknown to the avatars')
+    shot(page, "unknown-word")
+
+
+def test_strength_0_is_the_picture_without_the_accelerator_bit_for_bit(server, window):
+    page = window(server.address)
+    set_slider(page, "stock-guidance", 1)
+    page.locator("#stock input").click()
+    page.get_by_role("option", name="PeRFlow").click()
+    settled(page, lambda: set_slider(page, "strength", 0))
+    page.wait_for_timeout(500)
+    assert (pixels(source(page)) == pixels(source(page, "stock-picture"))).all()
+    # and it is what plain diffusers draws with the checkpoint's own weights
+    torch.set_num_threads(1)
+    pipe = load_miniature()
+    pipe.scheduler = PeRFlowScheduler.from_config(pipe.scheduler.config, perflow_type="ddim_eps")
+    shown = page.locator("#picture b").inner_text()
+    assert shown == "PeRFlow, 4 steps, strength 0"
+    settled(page, lambda: set_slider(page, "strength", 1))
+    assert (pixels(source(page)) != pixels(source(page, "stock-picture"))).any()
+
+
+def test_dragging_the_steps(server, window):
+    page = window(server.address)
+    settled(page, lambda: set_slider(page, "steps", 8))
+    assert page.locator("#picture .facts").inner_text().startswith("8 network evaluations")
+    handle = page.locator("#steps input[type=range]")
+    box = handle.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.45, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    for at in (0.3, 0.2, 0.1, 0.0):
+        page.mouse.move(box["x"] + 2 + box["width"] * at, box["y"] + box["height"] / 2)
+    page.mouse.up()
+    page.wait_for_function("() => document.querySelector('#states').querySelectorAll('figure').length === 1")
+    assert page.locator("#picture .facts").inner_text().startswith("1 network evaluation,")
+
+
+def test_the_keyboard_alone(server, window):
+    page = window(server.address)
+    page.locator("#prompt textarea").focus()
+    page.keyboard.press("Control+A")
+    settled(page, lambda: page.keyboard.type("a person with glasses"))
+    steps = page.locator("#steps input[type=range]")
+    steps.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("() => document.querySelector('#states').querySelectorAll('figure').length === 5")
+    for control in page.locator("input:visible, textarea:visible, button:visible").all():
+        name = control.evaluate(
+            "e => e.getAttribute('aria-label') || e.getAttribute('title') || (e.labels && e.labels.length && "
+            "e.labels[0].innerText) || e.innerText || e.closest('label')?.innerText"
+        )
+        assert name, control.evaluate("e => e.outerHTML")
+
+
+def test_a_broken_upload_is_said_in_words_and_breaks_nothing(server, window, tmp_path):
+    page = window(server.address)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n" + b"nonsense" * 20)
+    page.get_by_role("tab", name="Gallery").click()
+    page.locator("#load-png input[type=file]").set_input_files(str(broken))
+    page.wait_for_selector("#note .message.error")
+    assert "no picture" in page.locator("#note").inner_text()
+    shot(page, "broken-upload")
+    settled(page, lambda: page.locator("#prompt textarea").fill("a person with a beard"))
+
+
+def test_settings_travel_in_the_png(server, window, tmp_path):
+    page = window(server.address)
+    settled(page, lambda: set_slider(page, "steps", 6))
+    settled(page, lambda: page.locator("#prompt textarea").fill("a person with a blue hat"))
+    uri = source(page)
+    saved = tmp_path / "saved.png"
+    saved.write_bytes(base64.b64decode(uri.partition(",")[2]))
+    said = json.loads(Image.open(saved).info["perflow"])["settings"]
+    assert (said["prompt"], said["steps"], said["seed"]) == ("a person with a blue hat", 6, 0)
+    other = window(server.address)
+    other.get_by_role("tab", name="Gallery").click()
+    settled(other, lambda: other.locator("#load-png input[type=file]").set_input_files(str(saved)))
+    assert other.locator("#prompt textarea").input_value() == "a person with a blue hat"
+    assert (pixels(source(other)) == pixels(uri)).all()
+    assert other.locator("#shots img").count() >= 1
+    shot(other, "gallery")
+
+
+def test_image_to_image_from_an_upload(server, window, tmp_path):
+    page = window(server.address)
+    Image.new("RGB", (300, 200), (200, 40, 40)).save(tmp_path / "red.png")
+    page.get_by_role("tab", name="Image to image").click()
+    page.wait_for_selector("#note .message.error")  # nothing to begin from yet
+    settled(page, lambda: page.locator("#upload input[type=file]").first.set_input_files(str(tmp_path / "red.png")))
+    page.wait_for_function("() => document.querySelector('#picture .facts').innerText.startsWith('2 network')")
+    shot(page, "image-to-image")
+
+
+def test_two_windows_draw_each_its_own(server, window):
+    one, two = window(server.address), window(server.address)
+    one.locator("#prompt textarea").fill("a person with green hair")
+    two.locator("#prompt textarea").fill("a sad person with sunglasses")
+    for page, prompt in ((one, "a person with green hair"), (two, "a sad person with sunglasses")):
+        page.wait_for_function(
+            "p => document.querySelector('#stock-picture img').alt.endsWith(p) && "
+            "document.querySelector('#picture img').alt.endsWith(p)",
+            arg=prompt,
+            timeout=60_000,
+        )
+
+
+def test_fifty_key_strokes_leave_the_last_picture_soon(server, window):
+    page = window(server.address)
+    box = page.locator("#prompt textarea")
+    text = "a happy person with short red hair and sunglasses "
+    box.fill("")
+    begin = time.monotonic()
+    box.press_sequentially(text, delay=max(0, 100 - 10))
+    typed = time.monotonic() - begin
+    page.wait_for_function("p => document.querySelector('#picture img').alt.endsWith(p)", arg=text, timeout=20_000)
+    assert (
+        time.monotonic() - begin - typed < 5
+    )  # fifty pictures and comparisons would take longer, one behind does not
+
+
+def test_a_server_that_goes_and_comes_back(window):
+    first = Server()
+    page = window(first.address)
+    page.locator("#prompt textarea").fill("a person with pink hair")
+    first.stop(kill=True)
+    page.wait_for_selector("#lost:visible", timeout=20_000)
+    shot(page, "server-gone")
+    second = Server(port=first.port)
+    try:
+        page.wait_for_selector("#lost", state="hidden", timeout=60_000)
+        page.wait_for_function(
+            "() => document.querySelector('#picture img')?.alt.endsWith('a person with pink hair')", timeout=60_000
+        )
+    finally:
+        second.stop()
+
+
+def test_a_model_that_cannot_be_loaded(window):
+    server = Server("--model", "no/such-folder-or-model", "--accelerator", "nothing")
+    try:
+        page = window(server.address, ready=False)
+        page.wait_for_selector("#status .message.error", timeout=90_000)
+        assert "no/such-folder-or-model cannot be loaded" in page.locator("#status").inner_text()
+        shot(page, "model-missing")
+        page.get_by_role("tab", name="Model").click()
+        page.locator("#model textarea, #model input").fill("miniature")
+        page.get_by_role("button", name="Load", exact=True).click()
+        page.wait_for_selector("#states .strip", timeout=60_000)
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone(server, window, scheme):
+    page = window(server.address, viewport={"width": 375, "height": 760}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    width = page.locator("#picture img").bounding_box()["width"]
+    assert width >= 256 and width % 32 == 0
+    shot(page, f"phone-{scheme}")
+    if scheme == "dark":
+        back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert sum(map(int, re.findall(r"\d+", back)[:3])) < 150
+
+
+def test_the_dark_page(server, window):
+    page = window(server.address, color_scheme="dark")
+    shot(page, "page-dark")

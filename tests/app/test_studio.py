@@ -1,0 +1,273 @@
+"""What the page draws with: exact, interruptible, and said in Python that draws the same."""
+
+import dataclasses
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from perflow_diffusers import PeRFlowArtifact, PeRFlowScheduler, load_miniature
+from perflow_diffusers.app.code import as_python
+from perflow_diffusers.app.opening import OpeningError, open_studio
+from perflow_diffusers.app.pictures import PictureError, check_upload, enlarge, from_png, to_png
+from perflow_diffusers.app.settings import SAME, Settings, SettingsError
+from perflow_diffusers.app.studio import Interrupted, Studio
+from perflow_diffusers.schedulers.stock import stock_scheduler
+
+PROMPT = "a happy person with red hair and glasses"
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return Studio.miniature()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    pipe = load_miniature()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def same(one, other):
+    return (np.asarray(one) == np.asarray(other)).all()
+
+
+def test_strength_0_is_the_checkpoint_itself_and_1_is_the_accelerator_again(studio, plain):
+    settings = Settings(PROMPT, seed=5, steps=4, guidance_scale=3.0)
+    full = studio.draw(settings).picture
+    none = studio.draw(dataclasses.replace(settings, accelerator_scale=0.0)).picture
+    former, plain.scheduler = plain.scheduler, PeRFlowScheduler.from_config(studio.pipe.scheduler.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = plain(PROMPT, num_inference_steps=4, guidance_scale=3.0, generator=torch.Generator().manual_seed(5))
+    plain.scheduler = former
+    assert same(none, expected.images[0]) and not same(none, full)
+    for scale in (0.3, 1.5, 0.0):
+        studio.draw(dataclasses.replace(settings, accelerator_scale=scale))
+    assert same(studio.draw(settings).picture, full)
+
+
+def test_the_comparison_is_plain_diffusers(studio, plain):
+    settings = Settings(PROMPT, seed=7, stock="UniPC", stock_steps=5)
+    former, plain.scheduler = plain.scheduler, stock_scheduler("UniPC", plain.scheduler.config)
+    expected = plain(PROMPT, num_inference_steps=5, guidance_scale=7.5, generator=torch.Generator().manual_seed(7))
+    plain.scheduler = former
+    drawing = studio.draw_stock(settings)
+    assert same(drawing.picture, expected.images[0])
+    assert drawing.evaluations == 10 and studio.draw_stock(settings) is drawing
+    assert isinstance(studio.pipe.scheduler, PeRFlowScheduler)
+
+
+def test_the_same_solver_at_strength_0_is_the_comparison(studio):
+    settings = Settings(PROMPT, accelerator_scale=0.0, stock=SAME, stock_guidance_scale=1.0)
+    assert same(studio.draw(settings).picture, studio.draw_stock(settings).picture)
+
+
+def test_a_studio_without_a_second_unet_draws_the_same_comparison(studio):
+    settings = Settings(PROMPT, seed=9)
+    expected, picture = studio.draw_stock(settings).picture, studio.draw(settings).picture
+    second, studio.second = studio.second, None
+    studio._kept.clear()
+    try:
+        assert same(studio.draw_stock(settings).picture, expected)
+        assert same(studio.draw(settings).picture, picture)
+    finally:
+        studio.second = second
+
+
+def test_the_states_end_in_the_picture(studio):
+    drawing = studio.draw(Settings(PROMPT, steps=6))
+    states = studio.states(drawing)
+    assert len(states) == 6 and drawing.evaluations == 6
+    errors = [np.abs(np.asarray(s, float) - np.asarray(drawing.picture, float)).mean() for s in states]
+    assert errors[-1] < 2 and errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("draw", ["draw", "draw_stock"])
+def test_an_interrupted_picture_leaves_all_as_it_was(studio, draw):
+    settings = Settings(PROMPT, seed=21, stock_steps=8, steps=8)
+    seen = []
+
+    def cancelled(step, steps):
+        seen.append((step, steps))
+        return step == 2
+
+    studio._kept.clear()
+    expected = studio.draw(settings).picture
+    with pytest.raises(Interrupted):
+        getattr(studio, draw)(settings, None, cancelled)
+    assert seen == [(1, 8), (2, 8)]
+    assert same(studio.draw(settings).picture, expected) and "step" not in vars(studio.pipe.scheduler)
+    assert not studio.pipe.unet._forward_pre_hooks
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.45])
+@pytest.mark.parametrize("image", [False, True])
+def test_the_python_draws_the_same_pixels(studio, tmp_path, monkeypatch, scale, image):
+    monkeypatch.chdir(tmp_path)
+    settings = Settings('a sad person with a "purple" hat', seed=3, steps=5, accelerator_scale=scale)
+    source = None
+    if image:
+        source = Image.effect_noise((80, 60), 90).convert("RGB")
+        source.save("input.png")
+        settings = dataclasses.replace(settings, strength=0.7)
+    drawing = studio.draw(settings, source)
+    code = as_python(settings, studio, "input.png" if image else None)
+    exec(compile(code, "shown", "exec"), {"__name__": "__main__"})
+    assert same(Image.open("picture.png"), drawing.picture)
+
+
+def test_settings_travel_in_a_png(studio):
+    settings = Settings(
+        "a person, with: a “hat”\nand more", negative_prompt="sad", seed=2**32 - 1, steps=7, strength=0.5
+    )
+    picture = studio.draw(Settings(PROMPT)).picture
+    png = to_png(enlarge(picture), settings, studio.about)
+    opened = Image.open(io.BytesIO(png))
+    assert from_png(png) == settings and opened.size == (256, 256)
+    assert same(np.asarray(opened)[::8, ::8], picture)
+    lines = opened.info["parameters"].split("\n")
+    assert lines[0] == "a person, with: a “hat” and more" and lines[1] == "Negative prompt: sad"
+    assert lines[2].startswith(
+        "Steps: 7, Sampler: PeRFlow, CFG scale: 1, Seed: 4294967295, Size: 256x256, Model: avatars"
+    )
+
+
+def _png(**texts):
+    info = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "PNG", pnginfo=info)
+    return out.getvalue()
+
+
+def test_settings_of_another_tool():
+    text = "a cat\non a mat\nNegative prompt: dog\nSteps: 30, Sampler: Euler a, CFG scale: 7, Seed: 42, Size: 512x512"
+    settings = from_png(_png(parameters=text))
+    assert (settings.prompt, settings.negative_prompt, settings.seed) == ("a cat\non a mat", "dog", 42)
+    assert (settings.steps, settings.guidance_scale) == (4, 1.0)  # of Euler, not of ours
+
+
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        (b"", "no picture"),
+        (b"\x89PNG\r\n\x1a\nnonsense", "no picture"),
+        (_png(), "carries no settings"),
+        (_png(perflow="{"), "damaged"),
+        (_png(perflow="[]"), "damaged"),
+        (_png(perflow='{"settings": {"prompt": "x", "steps": "4"}}'), "whole number"),
+        (_png(perflow='{"settings": {"prompt": "x", "evil": 1}}'), "unknown"),
+        (_png(perflow='{"settings": {"steps": 4}}'), "no prompt"),
+        (_png(perflow="[" * 90_000), "damaged"),
+        (_png(perflow="{}")[:-30], "no picture|damaged"),
+        (b"x" * (20 * 2**20 + 1), "MB"),
+    ],
+)
+def test_pngs_that_carry_no_settings(data, said):
+    with pytest.raises((PictureError, SettingsError), match=said):
+        from_png(data)
+
+
+def test_uploads_are_checked_and_put_upright():
+    out = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    Image.new("L", (40, 20), 128).save(out, "JPEG", exif=exif)
+    picture = check_upload(out.getvalue())
+    assert picture.size == (20, 40) and picture.mode == "RGB"
+    noise = io.BytesIO()
+    Image.effect_noise((200, 200), 90).save(noise, "JPEG")
+    with pytest.raises(PictureError, match="damaged"):
+        check_upload(noise.getvalue()[: len(noise.getvalue()) // 2])
+    bomb = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(bomb, "PNG")
+    with pytest.raises(PictureError, match="40 million pixels"):
+        check_upload(bomb.getvalue())
+    gif = io.BytesIO()
+    Image.new("P", (8, 8)).save(gif, "GIF")
+    with pytest.raises(PictureError, match="no picture that can be read"):
+        check_upload(gif.getvalue())
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 17}, "1 to 16"),
+        ({"steps": True}, "steps=True"),
+        ({"seed": -1}, "seed"),
+        ({"accelerator_scale": 1.6}, "0 to 1.5"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"stock": "Magic"}, "DPM-Solver"),
+        ({"strength": 0.1}, "skipped"),
+        ({"width": 100}, "multiple of 8"),
+        ({"prompt": "x" * 2001}, "2000"),
+    ],
+)
+def test_settings_that_nothing_can_be_drawn_with(values, said):
+    with pytest.raises(SettingsError, match=said):
+        Settings(**{"prompt": "a person", **values})
+
+
+def test_a_prompt_that_is_too_long_is_said(studio):
+    with pytest.raises(SettingsError, match="reads"):
+        studio.draw(Settings("hat " * 200))
+
+
+def test_a_real_pipeline_from_its_folder(tmp_path, plain):
+    plain.save_pretrained(tmp_path / "my-model")
+    said = []
+    studio = open_studio(str(tmp_path / "my-model"), "miniature", device="cpu", progress=said.append)
+    assert not studio.is_miniature and studio.about == {"model": "my-model", "accelerator": "miniature"}
+    assert said[0] == "Loading my-model (float32, cpu)"
+    settings = Settings(PROMPT, seed=4)
+    assert same(studio.draw(settings).picture, Studio.miniature().draw(settings).picture)
+    code = as_python(settings, studio)
+    assert "StableDiffusionPipeline.from_pretrained(" in code and 'pf.load_perflow(pipe, "miniature")' in code
+
+
+@pytest.mark.parametrize(
+    "model, options, said",
+    [
+        ("/nowhere/at/all", {}, "does not exist"),
+        ("model.ckpt", {}, "pickle"),
+        ("model.safetensors", {}, "does not exist"),
+        ("EMPTY", {}, "model_index.json"),
+        ("miniature-copy", {"device": "warp"}, "is not there"),
+        ("miniature-copy", {"offload": "model", "device": "cpu"}, "here is none"),
+        ("miniature-copy", {"dtype": "float8"}, "float16, bfloat16, float32"),
+        ("MINE", {}, "--accelerator"),
+    ],
+)
+def test_models_that_cannot_be_opened(tmp_path, plain, model, options, said):
+    if model == "EMPTY":
+        model = str(tmp_path)
+    if model == "MINE":
+        plain.save_pretrained(tmp_path / "mine")
+        model = str(tmp_path / "mine")
+    with pytest.raises(OpeningError, match=said):
+        open_studio(model, **options)
+
+
+def test_an_exported_pipeline_has_no_picture_without_its_accelerator(tmp_path):
+    from perflow_diffusers import export_pipeline, load_perflow
+
+    pipe = load_miniature()
+    load_perflow(pipe, "miniature")
+    export_pipeline(pipe, tmp_path / "exported")
+    studio = open_studio(str(tmp_path / "exported"), device="cpu")
+    settings = Settings(PROMPT, seed=8)
+    assert studio.draw_stock(settings) is None
+    assert (studio.steps, studio.guidance_scale) == (4, 1.0)
+    difference = np.abs(
+        np.asarray(studio.draw(settings).picture, float) - np.asarray(Studio.miniature().draw(settings).picture, float)
+    )
+    assert difference.max() <= 3
+    assert "pf.set_scheduler(pipe)" in as_python(settings, studio)
+    assert isinstance(PeRFlowArtifact.from_pretrained("miniature"), PeRFlowArtifact)
