@@ -39,7 +39,7 @@ def pixels(uri, side=32):
 
 def settled(page, change):
     """Do something, and wait until all has been drawn anew: the strip of states comes last."""
-    states = "document.querySelector('#states').innerHTML"
+    states = "Array.from(document.querySelectorAll('#states img')).map(i => i.src).join()"
     before = page.evaluate(states)
     change()
     page.wait_for_function(f"before => {states} !== before", arg=before, timeout=30_000)
@@ -69,7 +69,7 @@ def test_typing_changes_the_pictures_and_nothing_leaves_the_machine(server, wind
 def test_the_words_that_no_picture_was_described_with_are_named(server, window):
     page = window(server.address)
     settled(page, lambda: page.locator("#prompt textarea").fill("a dragon with red hair"))
-    assert page.locator("#note").inner_text().startswith('"dragon" is unknown to the avatars')
+    assert page.locator("#note .message").inner_text().startswith('"dragon" is unknown to the avatars')
     shot(page, "unknown-word")
 
 

@@ -30,7 +30,7 @@
   if (kept !== null) {
     sessionStorage.removeItem("perflow-prompt");
     const put = () => {
-      if (!field()) return setTimeout(put, 100);
+      if (!field() || !document.querySelector("#picture img")) return setTimeout(put, 100);
       field().value = kept;
       field().dispatchEvent(new Event("input", { bubbles: true }));
     };
