@@ -90,9 +90,9 @@ class Page:
             said["seed"] = 0 if said["seed"] is None else said["seed"]
             image = None
             if mode == "image":
-                image = _picture_of(drawn)
+                image = drawn
                 if image is None:
-                    return None, None, "Upload a picture or draw one to begin from."
+                    return None, None, 'Upload a picture or draw one, then press "Begin from this picture".'
             else:
                 said["strength"] = None
             return Settings.from_dict(said), image, ""
@@ -183,6 +183,7 @@ class Page:
             mode = gr.State("text")
             stored = gr.State([])
             seen = gr.State(0)
+            drawn = gr.State(None)  # the picture to begin from
             timer = gr.Timer(0.5, active=True)
             about = gr.HTML("", elem_id="head")
             status = gr.HTML("", elem_id="status")
@@ -244,6 +245,8 @@ class Page:
                         format="png",
                         buttons=[],
                     )
+                    # The canvas sends itself again and again to whoever listens to its changes: it is asked instead.
+                    use = gr.Button("Begin from this picture", variant="primary", elem_id="use")
                 with gr.Tab("Gallery and settings", id="gallery", elem_id="tab-gallery"):
                     gr.HTML(
                         '<p class="small-label">Pictures of this window. Click one to take its settings; '
@@ -304,7 +307,7 @@ class Page:
             quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
             live: dict[str, Any] = {
                 "fn": self.draw,
-                "inputs": [mode, editor, stored, *controls],
+                "inputs": [mode, drawn, stored, *controls],
                 "outputs": list(outputs.values()),
                 "trigger_mode": "multiple",
                 "concurrency_limit": None,
@@ -312,9 +315,10 @@ class Page:
             }
             # A prompt is pasted, dictated and put there by scripts, too, which `input` does not see.
             typed = [control.input for control in controls if control is not prompt] + [prompt.change]
-            gr.on([*typed, editor.change], **live)
+            gr.on(typed, **live)
             text_tab.select(lambda: "text", None, mode, **quiet).then(**live)
             image_tab.select(lambda: "image", None, mode, **quiet).then(**live)
+            use.click(_picture_of, editor, drawn, **quiet).then(**live)
             renew.click(lambda: random.randrange(2**31), None, seed, **quiet).then(**live)
             suggest.click(self.suggest, None, prompt, **quiet).then(**live)
             png.upload(self.load_png, png, [*controls, note], **quiet).then(**live)
