@@ -58,8 +58,8 @@ class Page:
         """Redraw for a window: first the picture, then the one without, then the states, then the gallery."""
         settings, image, sorry = self._wish(mode, drawn, values)
         studio = self.room.studio
-        if settings is None or studio is None:
-            yield self._changes(note=views.message(sorry or self.room.status, "error"))
+        if settings is None or studio is None:  # of a model that is not there the line above tells
+            yield self._changes(note=views.message(sorry, "error"))
             return
         try:
             ticket = self.room.draw(request.session_hash or "one", settings, image)
@@ -154,7 +154,7 @@ class Page:
         kind = {"opening": "busy", "failed": "error"}.get(room.state)
         status = views.message(room.status, kind) if kind else ""
         ready = room.state == "ready" and room.studio is not None
-        about = _about(room.studio) if room.studio is not None else "no model yet"
+        about = _about(room.studio) if room.studio is not None else "<h1>PeRFlow</h1><p>no model yet</p>"
         fresh: list[Any] = [gr.skip()] * len(NAMES)
         if ready and seen != room.number and room.studio is not None:
             said = room.studio.defaults().to_dict()
@@ -256,6 +256,7 @@ class Page:
                         label="Gallery",
                         elem_id="shots",
                         columns=6,
+                        fit_columns=False,
                         height="auto",
                         object_fit="contain",
                         format="png",
@@ -290,7 +291,7 @@ class Page:
                             show_progress="hidden",
                             api_visibility="private",
                         )
-            controls = [
+            controls: list[Any] = [
                 prompt, negative, seed, steps, guidance, scale, solver, stock_steps, stock_guidance, strength,
             ]  # fmt: skip
             outputs = {
