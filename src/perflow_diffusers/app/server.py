@@ -2,10 +2,8 @@
 
 import os
 import socket
-import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -54,24 +52,27 @@ def serve(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Gradio's own age; nothing that its user could mend
         try:
-            from perflow_diffusers.app.page import ASSETS, Page, theme
+            from perflow_diffusers.app.live import Live
+            from perflow_diffusers.app.page import build, head, theme
         except ImportError as error:
             if (error.name or "").partition(".")[0] not in ("gradio", "gradio_client"):
                 raise
             raise ServerError(MISSING) from None
     import transformers
 
+    from perflow_diffusers.app.pictures import MAX_BYTES
     from perflow_diffusers.app.room import Room
 
     transformers.logging.set_verbosity_error()  # it names what is not installed and not needed
     room = Room(**options)
     room.open(model, accelerator)
-    with tempfile.TemporaryDirectory(prefix="perflow-app-") as folder, warnings.catch_warnings():
+    may_open = host in LOOPBACK and not share
+    live = Live(room, may_open)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        page = Page(room, Path(folder), may_open=host in LOOPBACK and not share)
-        page.blocks.queue(default_concurrency_limit=None)
+        blocks = build(may_open)
         try:
-            page.blocks.launch(
+            blocks.launch(
                 server_name=host,
                 server_port=chosen,
                 share=share,
@@ -79,18 +80,16 @@ def serve(
                 prevent_thread_lock=True,
                 quiet=True,
                 theme=theme(),
-                css_paths=[ASSETS / "page.css"],
-                js=(ASSETS / "page.js").read_text(),
+                head=head(),
                 footer_links=[],
-                max_file_size="20mb",
-                allowed_paths=[folder],
+                max_file_size=MAX_BYTES,
                 ssr_mode=False,
                 show_error=False,
-                max_threads=100,
+                app_kwargs={"routes": live.routes()},
             )
             shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
             tell(f"http://{shown}:{chosen}/")
-            page.blocks.block_thread()
+            blocks.block_thread()
         finally:
             room.close()
-            page.blocks.close(verbose=False)
+            blocks.close(verbose=False)

@@ -1,30 +1,50 @@
-"""Pictures as HTML: whole pixels enlarged by whole factors, what they cost, and the states of their steps."""
+"""What the page shows of a picture: its PNG, its name and cost in words, and the states of its steps."""
 
 import base64
 import io
-from html import escape
+from typing import Any
 
 from PIL import Image
 
-from perflow_diffusers.app.pictures import enlarge, to_png
+from perflow_diffusers.app.pictures import to_png
 from perflow_diffusers.app.settings import SAME
 from perflow_diffusers.app.studio import Drawing, Studio
 
-SIDE = 384  # pixels at least of a picture on the page
-EMPTY = '<div class="frame empty">{}</div>'
+STATE = 192  # pixels at most of the longer side of a step's state
+NONE = "This model has its accelerator in its weights: there is no picture without it."
 
 
-def png_of(drawing: Drawing, studio: Studio, without: bool = False) -> bytes:
-    """The PNG that is shown and downloaded: enlarged if it is small, with its settings."""
-    about = studio.about
-    if without:
-        about = {**about, "accelerator": "", "picture": "without the accelerator"}
-    return to_png(enlarge(drawing.picture, SIDE), drawing.settings, about)
+def accelerated(drawing: Drawing, studio: Studio) -> dict[str, Any]:
+    """The accelerated picture: PNG (base64, with its settings), title, facts, description and file name."""
+    s = drawing.settings
+    title = f"PeRFlow, {_steps(s.steps)}"
+    if s.accelerator_scale != 1:
+        title += f", strength {s.accelerator_scale:g}"
+    return _shown(drawing, title, to_png(drawing.picture, s, studio.about), f"perflow-{s.seed}.png")
 
 
-def uri(png: bytes) -> str:
-    """A data URI of PNG bytes."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def comparison(drawing: Drawing | None, studio: Studio) -> dict[str, Any]:
+    """The same of the picture without the accelerator, or why there is none."""
+    if drawing is None:
+        return {"none": NONE}
+    s = drawing.settings
+    solver = "PeRFlow's solver" if s.stock == SAME else s.stock
+    about = {**studio.about, "accelerator": "", "picture": "without the accelerator"}
+    png = to_png(drawing.picture, s, about)
+    return _shown(drawing, f"without, {solver}, {_steps(s.stock_steps)}", png, f"without-{s.seed}.png")
+
+
+def _shown(drawing: Drawing, title: str, png: bytes, name: str) -> dict[str, Any]:
+    width, height = drawing.picture.size
+    return {
+        "title": title,
+        "facts": cost(drawing),
+        "alt": f"{title}: {drawing.settings.prompt}",
+        "png": base64.b64encode(png).decode(),
+        "width": width,
+        "height": height,
+        "name": name,
+    }
 
 
 def cost(drawing: Drawing) -> str:
@@ -34,65 +54,16 @@ def cost(drawing: Drawing) -> str:
     return f"{evaluations}, {ms:.0f} ms" if ms < 10_000 else f"{evaluations}, {ms / 1000:.1f} s"
 
 
-def accelerated(drawing: Drawing, png: bytes) -> str:
-    """The accelerated picture with its caption and download link."""
-    s = drawing.settings
-    what = f"PeRFlow, {s.steps} step{'s' if s.steps != 1 else ''}"
-    if s.accelerator_scale != 1:
-        what += f", strength {s.accelerator_scale:g}"
-    return _figure(what, cost(drawing), png, s.prompt, f"perflow-{s.seed}.png")
+def state(picture: Image.Image) -> str:
+    """What a step foresaw, as a PNG (base64); large ones are made smaller."""
+    small = picture
+    if max(picture.size) > STATE:
+        small = picture.copy()
+        small.thumbnail((STATE, STATE), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    small.save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode()
 
 
-def comparison(drawing: Drawing | None, png: bytes | None) -> str:
-    """The picture without the accelerator, or why there is none."""
-    if drawing is None or png is None:
-        return EMPTY.format("This model has its accelerator in its weights:<br>there is no picture without it.")
-    s = drawing.settings
-    solver = "PeRFlow's solver" if s.stock == SAME else s.stock
-    what = f"without, {solver}, {s.stock_steps} step{'s' if s.stock_steps != 1 else ''}"
-    return _figure(what, cost(drawing), png, s.prompt, f"without-{s.seed}.png")
-
-
-def _figure(what: str, facts: str, png: bytes, prompt: str, name: str) -> str:
-    source = uri(png)
-    return (
-        f'<figure><img class="frame" src="{source}" alt="{escape(what)}: {escape(prompt[:200])}">'
-        f'<figcaption><b>{escape(what)}</b> <a href="{source}" download="{escape(name)}">Save PNG</a><br>'
-        f'<span class="facts">{escape(facts)}</span></figcaption></figure>'
-    )
-
-
-def slider(left: bytes, right: bytes | None) -> str:
-    """Both pictures over each other, and a handle between them."""
-    if right is None:
-        return ""
-    return (
-        '<div class="curtain" style="--at: 50%">'
-        f'<img class="frame" src="{uri(right)}" alt="Without the accelerator">'
-        f'<img class="frame over" src="{uri(left)}" alt="Accelerated">'
-        '<input type="range" min="0" max="100" value="50" aria-label="How much of the accelerated picture is seen"'
-        " oninput=\"this.parentElement.style.setProperty('--at', this.value + '%')\">"
-        '<span class="tag left">PeRFlow</span><span class="tag right">without</span></div>'
-    )
-
-
-def strip(states: list[Image.Image]) -> str:
-    """What each step foresaw, in a row."""
-    figures = []
-    for number, state in enumerate(states, 1):
-        out = io.BytesIO()
-        small = enlarge(state, 96)
-        if small.width > 192:
-            small = small.resize((192, round(192 * small.height / small.width)), Image.Resampling.LANCZOS)
-        small.save(out, "PNG")
-        figures.append(
-            f'<figure><img src="{uri(out.getvalue())}" alt="Foreseen after step {number}">'
-            f"<figcaption>step {number}</figcaption></figure>"
-        )
-    return f'<div class="strip">{"".join(figures)}</div>'
-
-
-def message(text: str, kind: str = "note") -> str:
-    """A sentence in a box; nothing for none."""
-    role = "alert" if kind == "error" else "status"
-    return f'<div class="message {kind}" role="{role}">{escape(text)}</div>' if text else ""
+def _steps(count: int) -> str:
+    return f"{count} step{'s' if count != 1 else ''}"
