@@ -60,8 +60,9 @@ def load_perflow(
     `set_perflow_scale`). The scheduler is made from the pipeline's own and the artefact's settings. `where`:
     `revision`, `variant`, `subfolder`, `token`, `local_files_only`, `cache_dir`, `force_download`, as in diffusers.
 
-    Returns the artefact: sample with its `steps` and `guidance_scale`. The choice is logged at info level
-    (`diffusers.logging.set_verbosity_info()`).
+    Returns the artefact: sample with its `steps` and `guidance_scale`. One line of the log says them and what was
+    chosen, at warning level, because the pipeline's own guidance is another; the first call with a guidance far from
+    the artefact's gets a line, too. `diffusers.logging.set_verbosity_error()` silences both.
 
     All or nothing: if anything fails, the pipeline is as before. `ArtifactError`, `MergeError` or `WeightSourceError`
     (all ValueErrors) for an artefact that cannot be trusted, or is of another family: network, noise schedule, base
@@ -123,7 +124,7 @@ def _load(
         raise
     keep(unet, Loaded(artifact, former, form, strength, tuple(merge.number for merge in merges)))
     note = "" if why is None else f" (not attached: {why})"
-    logger.info(_summary(artifact, f"{form} x {strength}{note}", scheduler))
+    logger.warning(_summary(artifact, f"{form} x {strength}{note}", scheduler))
     return artifact
 
 
@@ -217,7 +218,7 @@ def _set_scheduler(pipe: Any, artifact: PeRFlowArtifact, former: Any) -> PeRFlow
     warn_of_scheduler(artifact, former.config)
     scheduler._before_run = Companion(artifact, former, pipe, weights=False)
     pipe.scheduler = scheduler
-    logger.info(_summary(artifact, "weights as they are", scheduler))
+    logger.warning(_summary(artifact, "weights as they are", scheduler))
     return scheduler
 
 
@@ -266,9 +267,10 @@ def _residual(lora: WeightSource, unet: torch.nn.Module) -> WeightSource | None:
 
 
 def _summary(artifact: PeRFlowArtifact, what: str, scheduler: PeRFlowScheduler) -> str:
+    """A warning though nothing is wrong: the pipeline's own guidance is another, and only its caller can pass this."""
     guidance = "" if artifact.guidance_scale is None else f", guidance_scale={artifact.guidance_scale:g}"
     steps = " or ".join(map(str, artifact.recommended_steps or (artifact.steps,)))
     return (
-        f"PeRFlow from {artifact.name}: {what}; PeRFlowScheduler({scheduler.config['perflow_type']}, boundaries "
-        f"{list(scheduler.windows.boundaries)}); sample with num_inference_steps={steps}{guidance}."
+        f"PeRFlow from {artifact.name}: sample with num_inference_steps={steps}{guidance} ({what}; PeRFlowScheduler("
+        f"{scheduler.config['perflow_type']}, boundaries {list(scheduler.windows.boundaries)}))."
     )

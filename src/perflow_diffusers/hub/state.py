@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import logging
 
+from perflow_diffusers.hub import guidance
 from perflow_diffusers.hub.adapters import faulty_adapter
 from perflow_diffusers.weights.errors import MergeError
 from perflow_diffusers.weights.plan import find_unet
@@ -19,6 +21,8 @@ from perflow_diffusers.weights.stack import is_lost, layer_of
 
 if TYPE_CHECKING:
     from perflow_diffusers.hub.artifact import PeRFlowArtifact
+
+logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so that its verbosity applies
 
 _ON_UNET = "_perflow_loaded"
 _FAULT = "PeRFlowScheduler is drawing, but the weights of {} are not at work as they should be: {}"
@@ -44,25 +48,34 @@ class Loaded:
 class Companion:
     """What PeRFlow's scheduler knows of its pipeline: the former scheduler, and where the weights should be.
 
-    The scheduler calls it at the start of every run: the first run without the weights is warned of. It reads no
-    tensor. `weights`: whether `load_perflow` put them in, rather than that they came with the pipeline. In a deep copy
+    The scheduler calls it at the start of every run: the first run without the weights is warned of, and the first
+    with a guidance that is far from the artefact's is logged. It reads no tensor. `weights`: whether `load_perflow`
+    put them in, rather than that they came with the pipeline. In a deep copy
     of the pipeline it watches the copy; copied with the scheduler alone, or pickled, it watches no other pipeline.
     """
 
     def __init__(self, artifact: "PeRFlowArtifact", former: Any, pipe: Any, *, weights: bool) -> None:
         self.artifact, self.former, self.weights = artifact, former, weights
         self._said: str | None = None
+        self._noticed = artifact.guidance_scale is None  # guidance
         self._copied = False
         self._pipe = _reference(pipe)
         self._unet = _reference(find_unet(pipe)) if weights else _nothing
 
     def __call__(self) -> None:
-        """Warn if the weights are not at work, once for each reason."""
+        """Warn if the weights are not at work, once for each reason, and of a guidance that is far off, once."""
         unet = self._present_unet() if self.weights else None
         fault = None if unet is None else faulty(unet)
         if fault is not None and fault != self._said:
             warnings.warn(_FAULT.format(self.artifact.name or "an accelerator", fault), UserWarning, stacklevel=3)
         self._said = fault
+        recommended = self.artifact.guidance_scale
+        if not self._noticed and recommended is not None:
+            given = guidance.passed_to_caller(lambda caller: companion(caller) is self)
+            if given is not None and guidance.is_far(given, recommended):
+                self._noticed = True
+                name = self.artifact.name or "the accelerator"
+                logger.warning(guidance.notice(name, given, recommended, self.artifact.steps))
 
     def _present_unet(self) -> torch.nn.Module | None:
         """The UNet that this run uses, as far as it can be told: pipelines may share a scheduler."""
