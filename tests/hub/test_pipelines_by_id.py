@@ -91,10 +91,11 @@ def test_code_that_is_saved_again_is_carried_along_for_ever(hub):
         assert first == third, name
 
 
-def test_registering_adds_three_attributes_once_and_leaves_others_alone():
+def test_registering_adds_four_attributes_once_and_leaves_others_alone():
     pipelines, kinds = diffusers.pipelines, (type(diffusers), type(diffusers.pipelines))
     make_findable()
     assert (type(diffusers), type(pipelines)) == kinds
     assert getattr(pipelines, scheduling_perflow.__name__) is scheduling_perflow
     assert diffusers.Wonder3DPipeline.__name__ == "Wonder3DPipeline"
-    assert not hasattr(diffusers, "PeRFlowScheduler") and not hasattr(pipelines, "perflow_diffusers")
+    assert diffusers.PeRFlowScheduler is scheduling_perflow.PeRFlowScheduler
+    assert not hasattr(pipelines, "perflow_diffusers")

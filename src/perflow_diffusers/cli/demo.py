@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from perflow_diffusers.cli.terminal import failing
+
 
 def demo(
     prompts: Annotated[
@@ -19,7 +21,7 @@ def demo(
 
     Every column starts from the same noise. Rows: 100 steps, stock samplers at 4 steps, PeRFlow at 4 and 8 steps; then
     the same for a fine-tuned checkpoint that the accelerator has never seen. Needs no network; takes about ten seconds
-    on two cores.
+    of one core.
 
     Examples:
 
@@ -27,25 +29,22 @@ def demo(
 
         perflow demo "a person with red hair and glasses" "a sad person with a purple hat" --out mine.png
     """
-    import transformers
+    with failing("demo"):
+        import transformers
 
-    from perflow_diffusers import demo as demonstration
+        from perflow_diffusers import demo as demonstration
 
-    transformers.logging.set_verbosity_error()  # it names what is not installed and not needed
-    try:
+        transformers.logging.set_verbosity_error()  # it names what is not installed and not needed
         demonstration.check_output(out)
-        typer.echo("Drawing with the embedded miniature pipeline (32 x 32 pictures, 1.9 M parameters).")
+        for sentence in demonstration.remarks(prompts or ()):
+            typer.echo(f"perflow demo: note: {sentence}", err=True)
+        typer.echo("Drawing with the embedded miniature (32 x 32 pictures, 1.9 M parameters).")
         rows = demonstration.draw_rows(prompts, columns, seed, on_row=lambda row: typer.echo(f"  {row.label}"))
-    except demonstration.DemoError as error:
-        typer.echo(f"perflow demo: {error}", err=True)
-        raise typer.Exit(2) from None
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        demonstration.compose(rows).save(partial, "PNG")
-        os.replace(partial, out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        typer.echo(f"perflow demo: {out} cannot be written ({error}). Choose another output with --out.", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(demonstration.table(rows))
-    typer.echo(f"Error: mean squared pixel error (pixels in -1..1) to the same checkpoint's 100-step picture.\n{out}")
+        partial = out.with_name(f".{out.name}.partial")
+        try:
+            demonstration.compose(rows).save(partial, "PNG")
+            os.replace(partial, out)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise ValueError(f"{out} cannot be written ({error}). Choose another output with --out.") from None
+        typer.echo(f"{demonstration.table(rows)}\n{out}")
