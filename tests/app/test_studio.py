@@ -4,18 +4,21 @@ import dataclasses
 import io
 import warnings
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
 from perflow_diffusers import PeRFlowArtifact, PeRFlowScheduler, load_miniature
+from perflow_diffusers.app import opening
 from perflow_diffusers.app.code import as_python
 from perflow_diffusers.app.opening import OpeningError, open_studio
 from perflow_diffusers.app.pictures import PictureError, check_upload, enlarge, from_png, to_png
 from perflow_diffusers.app.settings import SAME, Settings, SettingsError
 from perflow_diffusers.app.studio import Interrupted, Studio
 from perflow_diffusers.schedulers.stock import stock_scheduler
+from perflow_diffusers.weights import compute_delta
 
 PROMPT = "a happy person with red hair and glasses"
 
@@ -271,3 +274,88 @@ def test_an_exported_pipeline_has_no_picture_without_its_accelerator(tmp_path):
     assert difference.max() <= 3
     assert "pf.set_scheduler(pipe)" in as_python(settings, studio)
     assert isinstance(PeRFlowArtifact.from_pretrained("miniature"), PeRFlowArtifact)
+
+
+def save_xl(folder):
+    """A complete SDXL pipeline of random weights and the miniature's tokenizer, and a student of its UNet."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from perflow_diffusers.miniature import miniature_folder
+
+    torch.manual_seed(0)
+    tokenizer = load_miniature().tokenizer
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length, "pad_token_id": 0,
+            "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        cross_attention_dim=24, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 16, use_linear_projection=True,
+    )  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(miniature_folder() / "avatars" / "vae"),
+        text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=8, **size)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=16, projection_dim=16, **size)),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet,
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        add_watermarker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder / "xl")
+    student = {name: weight + 0.02 * torch.randn_like(weight) for name, weight in unet.state_dict().items()}
+    metadata = {"prediction_type": "ddim_eps", "num_time_windows": 4, "recommended_guidance_scale": 1.0}
+    compute_delta(unet, student, folder / "xl-perflow.safetensors", metadata=metadata)
+    return pipe
+
+
+def test_an_sdxl_pipeline_with_its_second_encoder(tmp_path):
+    plain = save_xl(tmp_path)
+    studio = open_studio(str(tmp_path / "xl"), str(tmp_path / "xl-perflow.safetensors"), device="cpu")
+    assert studio.stock_guidance_scale == 5.0 and studio.size == (32, 32)
+    settings = Settings("a person with a hat", seed=2, stock="DDIM", stock_steps=3, stock_guidance_scale=5.0)
+    plain.scheduler = stock_scheduler("DDIM", plain.scheduler.config)
+    plain.set_progress_bar_config(disable=True)
+    expected = plain(
+        settings.prompt, num_inference_steps=3, guidance_scale=5.0, generator=torch.Generator().manual_seed(2),
+        width=32, height=32,
+    ).images[0]  # fmt: skip
+    assert same(studio.draw_stock(settings).picture, expected)
+    drawing = studio.draw(settings)
+    assert drawing.evaluations == 4 and len(studio.states(drawing)) == 4
+    image = studio.draw(dataclasses.replace(settings, strength=0.5), drawing.picture)
+    assert image.evaluations == 2 and image.picture.size == (32, 32)
+
+
+def test_an_offloaded_pipeline_draws_the_same(tmp_path, plain, monkeypatch):
+    """Hooks set on the CPU move every part as they would to a GPU."""
+    plain.save_pretrained(tmp_path / "mine")
+    settings = Settings(PROMPT, seed=4)
+    monkeypatch.setattr(opening, "_device", lambda device: "cpu:0")
+    studio = open_studio(str(tmp_path / "mine"), "miniature", dtype="float32", offload="model")
+    assert {hook.model for hook in studio.pipe._all_hooks} >= {studio.pipe.unet, studio.pipe.vae}
+    expected = Studio.miniature()
+    for _ in range(2):
+        assert same(studio.draw(settings).picture, expected.draw(settings).picture)
+    assert same(studio.draw_stock(settings).picture, expected.draw_stock(settings).picture)
+
+
+def test_weights_that_are_offloaded_one_by_one_come_home_for_another_strength(monkeypatch):
+    """Nothing can be added to weights that are on the meta device, where such an offload leaves them."""
+    studio = Studio.miniature()
+    studio.second, studio.offload, studio.device = None, "sequential", "cpu"
+    pipe, done = studio.pipe, []
+    at_1 = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+
+    def offload(device):
+        done.append((device, pipe.unet.conv_in.weight.is_meta))
+        accelerate.cpu_offload(pipe.unet, torch.device(device))
+
+    monkeypatch.setattr(pipe, "enable_sequential_cpu_offload", offload)
+    offload("cpu")
+    assert pipe.unet.conv_in.weight.is_meta
+    for scale in (0, 0.5, 1):
+        studio._rescale(scale)
+    assert done == [("cpu", False)] * 4 and pipe.unet.conv_in.weight.is_meta
+    pipe.remove_all_hooks()
+    assert all(torch.equal(weight, at_1[name]) for name, weight in pipe.unet.state_dict().items())

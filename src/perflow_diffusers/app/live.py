@@ -25,6 +25,7 @@ from perflow_diffusers.app.code import as_python
 from perflow_diffusers.app.desk import DeskError, Ticket, sentence
 from perflow_diffusers.app.pictures import MAX_BYTES, PictureError, check_upload, from_png
 from perflow_diffusers.app.room import Room, described
+from perflow_diffusers.app.server import LOOPBACK
 from perflow_diffusers.app.settings import Settings
 from perflow_diffusers.app.studio import Studio, fit
 from perflow_diffusers.miniature import miniature_prompts, unknown_words_sentence
@@ -195,7 +196,8 @@ class Live:
         """Open another model for all windows."""
         try:
             wish = await _json(request)
-            if not self.may_open:
+            # the name asked for, too: another site's may have been made to point here
+            if not self.may_open or request.url.hostname not in LOOPBACK:
                 raise ValueError("Other models are opened where the server runs, not over the network.")
             model, accelerator = (str(wish.get(name) or "").strip() for name in ("model", "accelerator"))
             if not model:

@@ -60,7 +60,7 @@ def open_studio(
         if accelerator:
             raise
         raise OpeningError(f"Name an accelerator for {model}, with --accelerator. ({error})") from None
-    studio.offload = offload
+    studio.offload, studio.device = offload, chosen
     if offload == "model":
         pipe.enable_model_cpu_offload(device=chosen)
     elif offload == "sequential":

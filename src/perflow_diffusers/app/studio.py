@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from PIL import Image
 
 from perflow_diffusers.app.settings import SAME, Settings, SettingsError
 from perflow_diffusers.hub import load_perflow, set_perflow_scale
+from perflow_diffusers.hub.guidance import is_far
 from perflow_diffusers.hub.state import loaded
 from perflow_diffusers.miniature import MINIATURE_GUIDANCE, load_miniature
 from perflow_diffusers.schedulers.stock import stock_scheduler
@@ -39,7 +41,7 @@ class Drawing:
 
     `evaluations`: pictures that went through the UNet, counted as they did (guidance doubles them). `milliseconds`: of
     the whole call, text encoder and VAE included. `estimates`: the clean latents that each step foresaw. `notes`:
-    what the library warned of.
+    what the library warned of, and a guidance that is far from the accelerator's.
     """
 
     picture: Image.Image
@@ -57,7 +59,7 @@ class Studio:
     `model`, `accelerator`: the names that the user gave (accelerator "" for one inside the model's weights); `steps`,
     `guidance_scale`: what the accelerator recommends; `stock_guidance_scale`: the pipeline's own without it. `former`:
     configuration of the scheduler before PeRFlow's, None where the model cannot be had without its accelerator.
-    `offload`: "model" or "sequential" if diffusers moves parts of it.
+    `offload`: "model" or "sequential" if diffusers moves parts of it, to `device`.
     `second`: the UNet without the accelerator where it is small; otherwise the strength is set to 0 for a comparison.
     """
 
@@ -71,6 +73,7 @@ class Studio:
     second: Any = None
     is_miniature: bool = False
     offload: str | None = None
+    device: str | None = None
     _image_pipe: Any = None
     _scale: float = 1.0
     _kept: "OrderedDict[Any, Drawing]" = field(default_factory=OrderedDict)
@@ -95,7 +98,8 @@ class Studio:
             unet = find_unet(pipe)
             if sum(weight.numel() for weight in unet.parameters()) <= SMALL:
                 second = copy.deepcopy(unet)
-            artifact = load_perflow(pipe, accelerator, **where)
+            with _hushed():  # what it advises, the page and the commands do
+                artifact = load_perflow(pipe, accelerator, **where)
             state = loaded(pipe)
             if state is not None:
                 former = state.former.config
@@ -103,7 +107,8 @@ class Studio:
                 second = None
         else:
             artifact = settings_of(pipe)
-            set_scheduler(pipe)
+            with _hushed():
+                set_scheduler(pipe)
         guidance = 1.0 if artifact.guidance_scale is None else artifact.guidance_scale
         stock = MINIATURE_GUIDANCE if is_miniature else 5.0 if "XL" in type(pipe).__name__ else 7.5
         return cls(pipe, model, accelerator, artifact.steps, guidance, stock, former, second, is_miniature)
@@ -144,7 +149,7 @@ class Studio:
         """
         self._check(settings)
         if self.former is not None and settings.accelerator_scale != self._scale:
-            set_perflow_scale(self.pipe, settings.accelerator_scale)
+            self._rescale(settings.accelerator_scale)
             self._scale = settings.accelerator_scale
         return self._run(settings, image, cancelled, settings.steps, settings.guidance_scale, keep=True)
 
@@ -172,17 +177,28 @@ class Studio:
     def _without(self) -> Iterator[None]:
         unet = self.pipe.unet
         if self.second is None and self._scale != 0:
-            set_perflow_scale(self.pipe, 0)
+            self._rescale(0)
         self._stock = True
         try:
             yield
         finally:
             self._stock = False
             if self.second is None and self._scale != 0:
-                set_perflow_scale(self.pipe, self._scale)
+                self._rescale(self._scale)
             assert self.pipe.unet is unet
 
     _stock = False
+
+    def _rescale(self, scale: float) -> None:
+        """Set the strength; weights that are offloaded one by one come home for it."""
+        if self.offload != "sequential":
+            set_perflow_scale(self.pipe, scale)
+            return
+        self.pipe.remove_all_hooks()
+        try:
+            set_perflow_scale(self.pipe, scale)
+        finally:
+            self.pipe.enable_sequential_cpu_offload(device=self.device)
 
     def _pipe_for(self, image: Image.Image | None) -> Any:
         if image is None:
@@ -242,6 +258,7 @@ class Studio:
             self._dressed(self._pipe_for(image), settings) as pipe,
             _counted(pipe.unet) as count,
             _watched(pipe.scheduler, keep) as estimates,
+            _hushed(),
             warnings.catch_warnings(record=True) as caught,
         ):
             warnings.simplefilter("always")
@@ -255,6 +272,8 @@ class Studio:
         # A strength of 0 is what was asked for here.
         said = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
         notes = [text for text in said if not text.startswith("PeRFlowScheduler is drawing")]
+        if keep and is_far(guidance_scale, self.guidance_scale):
+            notes.append(f"Guidance {guidance_scale:g} is far from {self.guidance_scale:g}, which this is made for.")
         return Drawing(result.images[0], settings, count[0], milliseconds, estimates, notes)
 
     def states(self, drawing: Drawing) -> list[Image.Image]:
@@ -315,6 +334,18 @@ def _counted(unet: Any) -> Iterator[list[int]]:
         yield count
     finally:
         handle.remove()
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """No lines of the library's log about steps and guidance: notes say it where someone looks."""
+    logger = logging.get_logger("diffusers.perflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
