@@ -4,7 +4,6 @@ Until then Ctrl-C ends the process at once, without a traceback out of whatever 
 """
 
 import signal
-import sys
 
 
 def main() -> None:
@@ -19,4 +18,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

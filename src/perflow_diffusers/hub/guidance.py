@@ -26,8 +26,7 @@ def passed_to_caller(is_caller: Any) -> float | None:
         names = frame.f_locals
         if "self" in names and is_caller(names["self"]):
             given = names.get("guidance_scale", getattr(names["self"], "_guidance_scale", None))
-            known = isinstance(given, int | float) and not isinstance(given, bool)
-            return float(given) if known else None
+            return float(given) if isinstance(given, int | float) and not isinstance(given, bool) else None
     return None
 
 
