@@ -20,6 +20,7 @@ from perflow_training.config import ConfigError, TrainingConfig, load_config
 from perflow_training.data import DataError
 from perflow_training.data.cache_writer import write_cache
 from perflow_training.data.encoders import model_identity, pipeline_encoders
+from perflow_training.product import hub_options
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -49,11 +50,13 @@ def run(config: TrainingConfig, args: argparse.Namespace) -> None:
     if args.shard_size < 1 or args.batch_size < 1:
         raise ConfigError(f"--shard-size {args.shard_size} and --batch-size {args.batch_size} must be at least 1.")
     name = config.pretrained_model_name_or_path
+    try:
+        where = hub_options(name, config.revision)
+    except ValueError as error:
+        raise ConfigError(f"`pretrained_model_name_or_path`: {error}") from error
     # Of the network only its config is needed.
-    network = UNet2DConditionModel.load_config(name, subfolder="unet", revision=config.revision)["sample_size"]
-    pipe = DiffusionPipeline.from_pretrained(
-        name, unet=None, dtype=torch.float32, revision=config.revision, variant=config.variant
-    )
+    network = UNet2DConditionModel.load_config(name, subfolder="unet", **where)["sample_size"]
+    pipe = DiffusionPipeline.from_pretrained(name, unet=None, dtype=torch.float32, variant=config.variant, **where)
     options = config.sized((network if isinstance(network, int) else min(network)) * pipe.vae_scale_factor)
     pipe.to(args.device)
     with tqdm(unit=" examples", disable=not sys.stderr.isatty()) as bar:

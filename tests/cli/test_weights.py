@@ -255,5 +255,5 @@ def test_combine_asks_the_hub_as_it_is_told(delta, perflow, tmp_path):
     told = ("--local-files-only", "--cache-dir", tmp_path / "cache")
     result = perflow("combine", delta, "someone/elsewhere", tmp_path / "sum.safetensors", *told)
     assert result.exit_code == 2, result.output
-    assert "'someone/elsewhere' is not" in result.output and "local_files_only=True" in result.output
+    assert "'someone/elsewhere' is no file" in result.output and "local_files_only=True" in result.output
     assert not (tmp_path / "sum.safetensors").exists()

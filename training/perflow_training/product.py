@@ -15,6 +15,8 @@ from perflow_diffusers.hub.base import base_facts
 from perflow_diffusers.weights import WeightSource, compute_delta, content_hash
 from perflow_diffusers.weights.extract import LORA_FORMAT, LORA_NAME, extract_lora
 from perflow_diffusers.weights.files import WEIGHTS_NAME
+from perflow_diffusers.weights.repository import reached
+from perflow_diffusers.weights.where import Where
 from perflow_diffusers.weights.writer import drop_shards, make_folder, write_folder, write_safetensors
 
 from .base import MODEL_INDEX, Base, base_in_folder, loaded_base
@@ -40,11 +42,12 @@ def load_pipeline(
     `folder` is where `folder_of` has found it when it was read before: the Hub is not asked again, where its files may
     have changed or be out of reach. Raises ConfigError for a name that is no pipeline.
     """
-    name, where = config.pretrained_model_name_or_path, {"revision": config.revision}
+    name = config.pretrained_model_name_or_path
     if folder is not None and (Path(folder) / MODEL_INDEX).is_file():
-        name, where = str(folder), {}
+        name = str(folder)
     left_out: dict[str, Any] = {}
     try:
+        where = hub_options(name, config.revision)
         components = DiffusionPipeline.load_config(name, **where)
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -56,6 +59,17 @@ def load_pipeline(
     elif "safety_checker" in components:
         left_out = {"safety_checker": None, "requires_safety_checker": False}
     return DiffusionPipeline.from_pretrained(name, dtype=torch.float32, variant=config.variant, **where, **left_out)
+
+
+def hub_options(name: str, revision: str | None) -> dict[str, Any]:
+    """What diffusers' loaders are given beside `name`; of a Hub id it is asked once whether the Hub answers.
+
+    Their own asking takes half a minute. Raises `WeightSourceError` for an id that neither the Hub nor the cache has.
+    """
+    if Path(name).exists():
+        return {}
+    where = reached(name, Where(revision=revision))
+    return {"revision": where.revision, "local_files_only": where.local_files_only}
 
 
 def folder_of(pipe: DiffusionPipeline) -> Path | None:

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 
 from perflow_diffusers.app.studio import Studio
+from perflow_diffusers.weights import WeightSourceError, open_weights
+from perflow_diffusers.weights.locate import is_local
+from perflow_diffusers.weights.repository import reached
+from perflow_diffusers.weights.where import Where
 
 OFFLOADS = ("model", "sequential")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -90,23 +94,35 @@ def _load(model: str, dtype: torch.dtype) -> Any:
     if path.suffix.lower() == ".safetensors":
         if not path.is_file():
             raise OpeningError(f"The file {model} does not exist.")
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                names = list(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise OpeningError(f"{path.name} is no whole .safetensors file ({error}). Download it again.") from None
-        is_xl = any(name.startswith("conditioner.embedders.") for name in names)
-        one: Any = diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline
-        return _told(lambda: one.from_single_file(str(path), dtype=dtype), model)
+        return _single_file(path, dtype)
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise OpeningError(f"{model} has no model_index.json, so it is no pipeline as diffusers saves them.")
-    if path.is_absolute() and not path.exists():
-        raise OpeningError(f"{model} does not exist.")
-    source = str(path) if path.exists() else model
+    if not path.exists() and is_local(model):
+        raise OpeningError(f"{model} does not exist, and it is no Hub id ('owner/name').")
+    # Asked once: diffusers' own asking takes half a minute where there is no network.
+    only = not path.exists() and reached(model, Where()).local_files_only
     cls = diffusers.AutoPipelineForText2Image
-    return _told(lambda: cls.from_pretrained(source, dtype=dtype, use_safetensors=True), model)
+    source = str(path) if path.exists() else model
+    return _told(lambda: cls.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=only), model)
+
+
+def _single_file(path: Path, dtype: torch.dtype) -> Any:
+    """A checkpoint in the original format; its tokenizer and configurations are those of a repository of the Hub."""
+    import diffusers
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+    try:
+        names = open_weights(path)
+    except WeightSourceError as error:
+        raise OpeningError(f"{path.name} is no whole .safetensors file ({error}).") from None
+    is_xl = any(name.startswith("conditioner.embedders.") for name in names)
+    cls: Any = diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline
+    config = fetch_diffusers_config(names)["pretrained_model_name_or_path"]
+    try:
+        only = reached(config, Where()).local_files_only
+    except WeightSourceError as error:
+        raise OpeningError(f"A single file has no tokenizer; that of {path.name} is elsewhere: {error}") from error
+    return _told(lambda: cls.from_single_file(str(path), config=config, dtype=dtype, local_files_only=only), path.name)
 
 
 def _told(load: Callable[[], Any], model: str) -> Any:
@@ -115,6 +131,4 @@ def _told(load: Callable[[], Any], model: str) -> Any:
         return load()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
         text = " ".join(str(error).split())
-        if "couldn't connect" in text.lower() or "offline" in text.lower() or "connection" in text.lower():
-            text = "it is no local folder, and the Hub cannot be reached. Check the name, or the network."
         raise OpeningError(f"{model} cannot be loaded: {text[:400]}") from error

@@ -23,6 +23,8 @@ def failing(command: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = note
+            # diffusers gives huggingface_hub an option of former days; no user can do anything about it
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated")
             yield
     except (ValueError, OSError) as error:
         typer.echo(f"perflow {command}: {error}", err=True)

@@ -13,7 +13,7 @@ from perflow_diffusers.weights import WeightSourceError, repository
 from perflow_diffusers.weights.repository import Repository
 from perflow_diffusers.weights.where import Where
 
-__all__ = ["Repository", "Unreachable", "cached_folder", "check_reachable", "download", "header", "list_repository"]
+__all__ = ["Repository", "Unreachable", "cached_folder", "download", "header", "list_repository"]
 
 
 class Unreachable(ArtifactError):
@@ -34,12 +34,6 @@ def options(where: Mapping[str, Any]) -> Where:
     """The keywords of a function of this room as one value. Raises `ArtifactError` for what cannot be."""
     with _in_words_of_this_room():
         return Where(**where)
-
-
-def check_reachable(repo_id: str, where: Where) -> None:
-    """`weights.repository.check_reachable`; raises `Unreachable` or `ArtifactError`."""
-    with _in_words_of_this_room():
-        repository.check_reachable(repo_id, where)
 
 
 def list_repository(repo_id: str, where: Where) -> Repository:

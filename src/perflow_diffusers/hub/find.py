@@ -12,7 +12,6 @@ from perflow_diffusers.hub.fetch import (
     Repository,
     Unreachable,
     cached_folder,
-    check_reachable,
     download,
     list_repository,
 )
@@ -84,23 +83,13 @@ def find(source: Any, weights: str = "auto", where: Where | None = None) -> Foun
         return _from_hub(text, weights, where)
     if entry is not None:
         text = entry.repo_id
-        asked = not where.local_files_only and _answers(text, where)
-        where = replace(where, variant=where.variant or entry.variant, local_files_only=not asked)
+        where = replace(where, variant=where.variant or entry.variant)
     return _bare(open_weights(text, **vars(where)), weights, entry)
 
 
 def _arguments(entry: Published) -> str:
     """What to pass to `from_pretrained` for a published pipeline."""
     return f"'{entry.repo_id}'" + (f", variant='{entry.variant}'" if entry.variant else "")
-
-
-def _answers(repo_id: str, where: Where) -> bool:
-    """Whether the Hub is there; without it, what is in the cache has to do."""
-    try:
-        check_reachable(repo_id, where)
-    except Unreachable:
-        return False
-    return True
 
 
 def _is_repository(text: str) -> bool:

@@ -13,6 +13,8 @@ from perflow_diffusers.hub.documents import read_json
 from perflow_diffusers.hub.errors import ArtifactError, PushError
 from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.find import CARD, SETTINGS, from_folder
+from perflow_diffusers.weights.repository import explained
+from perflow_diffusers.weights.where import Where
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # What a saved pipeline consists of; nothing else that lies in its folder is uploaded.
@@ -148,6 +150,10 @@ def _refused(error: Exception, repo_id: str, token: str | bool | None) -> PushEr
         why = "you are not logged in, or may not write there: `hf auth login` with a token that may write"
     elif status == 409:
         why = "the repository exists: pass exist_ok=True to add a commit to it, or choose another name"
+    elif isinstance(error, hub.errors.OfflineModeIsEnabled) or (
+        status is None and not isinstance(error, OSError | ValueError)  # then it is of the connection
+    ):
+        why = str(explained(error, repo_id, Where()))
     else:
         why = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
     for secret in (token, hub.get_token()):

@@ -42,15 +42,17 @@ class Repository:
 
 
 class Unreachable(WeightSourceError):
-    """The Hub did not answer; what is in the cache may still do."""
+    """The Hub did not answer, or was not to be asked; what is in the cache may still do."""
 
 
 def check_reachable(repo_id: str, where: Where) -> None:
-    """Ask for a repository once, without the minutes of retries that listings and downloads come with.
+    """Ask for a repository once, without the half minute of retries that listings and downloads come with.
 
-    Raises `Unreachable` if nobody answers, `WeightSourceError` if the repository does not exist for this user; an
-    answer that asks to come back later is one.
+    Every door to the Hub asks here first. Raises `Unreachable` if nobody answers or is to be asked,
+    `WeightSourceError` if the repository does not exist for this user; an answer that asks to come back later is one.
     """
+    if where.local_files_only:
+        raise Unreachable(f"The Hub was not asked for '{repo_id}' (local_files_only=True).")
     try:
         hub.HfApi(token=where.token).model_info(repo_id, revision=where.revision, timeout=_PATIENCE)
     except Exception as error:
@@ -59,14 +61,25 @@ def check_reachable(repo_id: str, where: Where) -> None:
             raise explained(error, repo_id, where) from error
 
 
+def reached(repo_id: str, where: Where) -> Where:
+    """`where`, for a library that asks the Hub itself: with local_files_only=True if there is only the cache to ask.
+
+    Raises `WeightSourceError` if nothing of the repository is there either, or if it does not exist for this user.
+    """
+    try:
+        check_reachable(repo_id, where)
+    except Unreachable as reason:
+        cached_folder(repo_id, where, reason)
+        return replace(where, local_files_only=True, force_download=False)
+    return where
+
+
 def list_repository(repo_id: str, where: Where) -> Repository:
     """What a repository (or its subfolder) holds at a revision.
 
     Raises `WeightSourceError` for a repository that does not exist for this user, or a subfolder that is not there,
     `Unreachable` if the Hub does not answer, or is not to be asked.
     """
-    if where.local_files_only:
-        raise Unreachable("local_files_only=True")
     check_reachable(repo_id, where)
     try:
         entries = hub.HfApi(token=where.token).list_repo_tree(repo_id, recursive=True, revision=where.revision)
@@ -105,8 +118,23 @@ def explained(error: Exception, repo_id: str, where: Where) -> WeightSourceError
         )
     if isinstance(error, hub.errors.HFValidationError):
         return WeightSourceError(f"{repo_id!r} is no name of a repository ({error}). Expected 'owner/name'.")
-    what = f"status {status}" if status is not None else type(error).__name__
-    return Unreachable(f"The Hub did not answer for '{repo_id}' ({what}). Try again later, or pass a local folder.")
+    if isinstance(error, hub.errors.OfflineModeIsEnabled):
+        return Unreachable(f"The Hub was not asked for '{repo_id}' (HF_HUB_OFFLINE is set).")
+    if status is not None:
+        return Unreachable(f"The Hub answered for '{repo_id}' with status {status}: try again later.")
+    return Unreachable(
+        f"The Hub ({hub.constants.ENDPOINT}) cannot be reached for '{repo_id}' ({_fault(error)}): check the network."
+    )
+
+
+def _fault(error: BaseException) -> str:
+    """The name of a client's error and what the system says of it; not its own text, which may quote a header."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.strerror:
+            return f"{type(error).__name__}: {inner.strerror}"
+        inner = inner.__cause__ or inner.__context__
+    return type(error).__name__
 
 
 def download(repository: Repository, name: str) -> Path:
@@ -150,18 +178,22 @@ def file_sha256(path: Path) -> str:
 
 
 def cached_folder(repo_id: str, where: Where, reason: Exception) -> Path:
-    """The folder of a repository that was downloaded before; `reason` is why the Hub is not asked now."""
+    """The folder of a repository that was downloaded before, whole or not; `reason`: why the Hub is not asked now."""
     options = {key: value for key, value in where.fetching.items() if key in ("revision", "cache_dir")}
     try:
         folder = Path(hub.snapshot_download(repo_id, local_files_only=True, **options))
     except (OSError, ValueError) as error:
-        raise WeightSourceError(
-            f"'{repo_id}' is not in the local cache and not on this machine as a path, and the Hub was not asked or "
-            f"not reached ({reason}). Connect once to download it, or pass a local folder."
-        ) from error
+        part = getattr(error, "snapshot_path", None)  # of a snapshot that is known to lack files
+        if part is None:
+            cache = where.cache_dir or hub.constants.HF_HUB_CACHE
+            why = str(reason).replace(f" for '{repo_id}'", "", 1)
+            raise WeightSourceError(
+                f"'{repo_id}' is no file or folder here, and it is not in the cache ({cache}). {why} What was "
+                f"downloaded once with a network (`hf download {repo_id}`) is found without one."
+            ) from error
+        folder = Path(part)
     if not (folder / where.prefix).is_dir():
         raise WeightSourceError(
-            f"'{repo_id}' in the cache has no subfolder '{where.subfolder}', and the Hub was not asked or not reached "
-            f"({reason}). Connect once to download it."
+            f"'{repo_id}' in the cache has no subfolder '{where.subfolder}'. {reason} Download it once with a network."
         )
     return folder / where.prefix

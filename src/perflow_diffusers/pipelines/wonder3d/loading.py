@@ -25,6 +25,7 @@ def local_folder(source: str | os.PathLike, variant: str | None, options: dict[s
     if os.path.isdir(source):
         return Path(source)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     others = [] if variant else ["*.fp16.safetensors", "*.non_ema.safetensors"]
     wanted = ["*.json", "*.safetensors"]
@@ -32,6 +33,13 @@ def local_folder(source: str | os.PathLike, variant: str | None, options: dict[s
         return Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=others, **options))
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
+        # What the client raises for a connection is no OSError, unless it looked into the cache, too.
+        if status is None and (isinstance(error, LocalEntryNotFoundError) or not isinstance(error, OSError | ValueError)):
+            raise NotAvailable(
+                f"'{source}' is no folder here and not in the cache, and the Hub was not asked (local_files_only, "
+                "HF_HUB_OFFLINE) or cannot be reached. Check the name and the network; what was downloaded once is "
+                "found without one."
+            ) from error
         what = f"status {status}" if status is not None else type(error).__name__
         raise NotAvailable(
             f"'{source}' is no folder here, and the Hub did not give it ({what}). Check its name and revision; "
