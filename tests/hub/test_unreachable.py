@@ -165,9 +165,9 @@ def test_a_closed_port_is_named_with_what_the_system_says(monkeypatch, tmp_path,
 def test_offline_mode_is_named_as_the_reason(monkeypatch, tmp_path, nowhere):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name in ("open_weights", "load_perflow", "open_studio", "perflow info"):
-        with pytest.raises(ValueError, match="was not asked.*HF_HUB_OFFLINE"):
+        with pytest.raises(ValueError, match=r"was not asked.*HF_HUB_OFFLINE"):
             DOORS[name]()
-    with pytest.raises(ValueError, match="was not asked.*local_files_only=True"):
+    with pytest.raises(ValueError, match=r"was not asked.*local_files_only=True"):
         open_weights("some/id", local_files_only=True)
     assert nowhere.count == 0
 
@@ -178,7 +178,9 @@ def test_what_was_downloaded_once_is_found_without_a_network(monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     pipe = make_pipe("sd")
     pipe.save_pretrained("pipe")
-    files = {path.relative_to("pipe").as_posix(): path.read_bytes() for path in Path("pipe").rglob("*") if path.is_file()}
+    files = {
+        path.relative_to("pipe").as_posix(): path.read_bytes() for path in Path("pipe").rglob("*") if path.is_file()
+    }
     with LoopbackHub() as server:
         go_to(monkeypatch, server.server.server_port, tmp_path / "cache")
         server.put("me/pipe", {**files, "large.bin": b"nobody asked for it"})

@@ -34,7 +34,9 @@ def local_folder(source: str | os.PathLike, variant: str | None, options: dict[s
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         # What the client raises for a connection is no OSError, unless it looked into the cache, too.
-        if status is None and (isinstance(error, LocalEntryNotFoundError) or not isinstance(error, OSError | ValueError)):
+        if status is None and (
+            isinstance(error, LocalEntryNotFoundError) or not isinstance(error, OSError | ValueError)
+        ):
             raise NotAvailable(
                 f"'{source}' is no folder here and not in the cache, and the Hub was not asked (local_files_only, "
                 "HF_HUB_OFFLINE) or cannot be reached. Check the name and the network; what was downloaded once is "
