@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from loopback import TOKEN, LoopbackHub
 
-from perflow_diffusers.hub.lookup import make_findable
+from perflow_diffusers.findable import make_findable
 from perflow_diffusers.schedulers import scheduling_perflow
 
 HERE = Path(__file__).parent

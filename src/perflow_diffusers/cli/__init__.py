@@ -1,6 +1,8 @@
 """The command `perflow`: argument parsing, then one library call a command."""
 
-from typing import Annotated
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -9,6 +11,7 @@ from perflow_diffusers.cli.app import app_command
 from perflow_diffusers.cli.demo import demo
 from perflow_diffusers.cli.draw import draw
 from perflow_diffusers.cli.hub import info, pull, push
+from perflow_diffusers.cli.terminal import interrupted
 from perflow_diffusers.cli.weights import combine, convert, diff, extract_lora, merge
 
 app = typer.Typer(
@@ -36,9 +39,23 @@ def perflow(
     """Few-step sampling for Stable Diffusion pipelines: accelerators made, merged, converted, published."""
 
 
+def _interruptible(command: Callable[..., None], name: str) -> Callable[..., None]:
+    """The command with a sentence for Ctrl-C, also while it imports torch and diffusers, which takes seconds."""
+
+    @functools.wraps(command)
+    def run(*words: Any, **options: Any) -> None:
+        try:
+            command(*words, **options)
+        except KeyboardInterrupt:
+            interrupted(name)
+
+    return run
+
+
 for command in (demo, draw, info, diff, merge, extract_lora, combine, convert, push, pull):
-    app.command()(command)
-app.command(name="app")(app_command)
+    name = command.__name__.replace("_", "-")
+    app.command(name)(_interruptible(command, name))
+app.command("app")(_interruptible(app_command, "app"))
 
 
 def main() -> None:

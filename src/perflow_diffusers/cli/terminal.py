@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 from tqdm import tqdm
@@ -29,9 +30,12 @@ def failing(command: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         typer.echo(f"perflow {command}: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from None
-    except KeyboardInterrupt:
-        typer.echo(f"perflow {command}: interrupted; no file was changed.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+
+
+def interrupted(command: str) -> NoReturn:
+    """End a command that Ctrl-C stopped."""
+    typer.echo(f"perflow {command}: interrupted; no file was changed.", err=True)
+    raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager
