@@ -21,6 +21,7 @@ from perflow_diffusers.miniature import (
 )
 from perflow_diffusers.schedulers.stock import stock_scheduler
 from perflow_diffusers.weights import merge_delta
+from perflow_diffusers.weights.shown import shown
 
 SCALE = 4  # how many times a picture is enlarged, by repeating its pixels
 LABEL = 236  # width of the column of labels
@@ -32,6 +33,7 @@ class DemoError(ValueError):
     """A prompt that cannot be drawn or a path that cannot be written."""
 
 
+@shown
 @dataclass(frozen=True)
 class Row:
     """One row of the picture: `pictures` (N, 3, H, W) in 0..1 of `prompts`, and what it cost.

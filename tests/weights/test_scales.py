@@ -168,7 +168,7 @@ def test_a_handle_shows_the_strength_of_now(unet):
     handle = merge_delta(unet, delta, 0.5)
     assert " x 0.5 into " in repr(handle) and repr(handle).endswith("; active)")
     handle.set_scale({"up": 0.25})
-    assert repr(handle).endswith('; now x {"up": 0.25})')
+    assert " ".join(repr(handle).split()).endswith('; now x {"up": 0.25})')
     handle.undo()
     assert repr(handle).endswith("; undone)")
     permanent = merge_delta(unet, delta, 0.5, backup="none")

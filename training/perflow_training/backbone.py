@@ -10,6 +10,7 @@ from torch import Tensor
 from perflow_diffusers.flow import NoisePath
 from perflow_diffusers.flow.path import like
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
+from perflow_diffusers.weights.shown import shown
 
 from .conditions import Conditions
 from .config import ConfigError
@@ -18,6 +19,7 @@ from .data.encoders import to_latents
 Sizes = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
+@shown
 @dataclass(frozen=True)
 class Backbone:
     """`network(z, timestep, **conditions)` predicts `prediction` on `path`.

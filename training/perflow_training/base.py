@@ -12,12 +12,14 @@ from torch import nn
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.keys import canonical_map
+from perflow_diffusers.weights.shown import shown
 
 from .lazy import as_source, read_afresh
 
 MODEL_INDEX = "model_index.json"
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class Base:
     """`weights` in float32 by canonical name; `unet` of their shapes, perhaps without numbers (on the meta device).

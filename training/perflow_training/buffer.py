@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from perflow_diffusers.weights.shown import shown
+
 from .conditions import Conditions
 from .draws import Draws
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class SolvedWindows:
     """`z_start`, `z_end` (B, C, H, W); `start`, `end` (B,) path indices, on the CPU; `cond` of T rows.

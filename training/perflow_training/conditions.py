@@ -8,7 +8,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from perflow_diffusers.weights.shown import shown
 
+
+@shown
 @dataclass(frozen=True, eq=False)
 class Conditions:
     """`embeds` (B, L, D); SDXL also has `pooled` (B, P) and `time_ids` (B, 6): sizes and crop of the picture."""

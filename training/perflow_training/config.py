@@ -13,6 +13,7 @@ import yaml
 from diffusers.optimization import SchedulerType
 
 from perflow_diffusers.flow import METHODS, Windows
+from perflow_diffusers.weights.shown import shown
 
 from .data.options import SOURCES, DataError, DataOptions
 from .data.text import read_text
@@ -23,6 +24,7 @@ class ConfigError(ValueError):
     """An option that does not exist or a value that it cannot take."""
 
 
+@shown
 @dataclass(frozen=True)
 class TrainingConfig(DataOptions):
     # what is accelerated, and where the result goes

@@ -9,6 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from perflow_diffusers.weights.shown import shown
+
 from .backbone import Sizes, encode_empty, encode_images, encode_prompts, image_size
 from .conditions import Conditions
 from .config import ConfigError, TrainingConfig
@@ -21,6 +23,7 @@ Shape = tuple[int, int, int]
 CAPTION = 100  # characters of a caption that name an example
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class Material:
     """`cond` of B rows, the latents' `shape` (C, h, w), and the data's `latents` (B, C, h, w) where they are used.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from perflow_diffusers.weights.shown import shown
+
 from .backbone import Backbone
 from .buffer import SolvedWindows
 from .conditions import Conditions
@@ -83,6 +85,7 @@ def expectation(config: TrainingConfig, untrained: list[float], zero: list[float
     return "\n".join(lines)
 
 
+@shown
 @dataclass
 class Watch:
     """Compares the logged losses with those of the untrained student; `above_since` is a step, or None."""

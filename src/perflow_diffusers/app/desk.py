@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perflow_diffusers.app.studio import Cancelled, Interrupted
+from perflow_diffusers.weights.shown import shown
 
 logger = logging.getLogger(__name__)
 MAX_WINDOWS = 64  # that wait at once
@@ -21,6 +22,7 @@ class DeskError(RuntimeError):
     """Too many windows wait, or the desk is closed."""
 
 
+@shown
 @dataclass
 class Ticket:
     """A wish of a window. Iterate over it for its events: (kind, what), until it is done or superseded.

@@ -23,6 +23,7 @@ from perflow_diffusers.hub.state import loaded
 from perflow_diffusers.miniature import MINIATURE_GUIDANCE, load_miniature
 from perflow_diffusers.schedulers.stock import stock_scheduler
 from perflow_diffusers.weights.plan import find_unet
+from perflow_diffusers.weights.shown import shown
 
 #: told (step, steps) after each step; the picture is given up if it answers True
 Cancelled = Callable[[int, int], bool]
@@ -35,6 +36,7 @@ class Interrupted(Exception):
     """The picture was given up between two steps; the pipeline is as before."""
 
 
+@shown
 @dataclass
 class Drawing:
     """A picture of its pipeline's own size, and what it cost.
@@ -52,6 +54,7 @@ class Drawing:
     notes: list[str] = field(default_factory=list)
 
 
+@shown
 @dataclass
 class Studio:
     """A text-to-image pipeline and what is drawn with it. Not for several threads at once: give it one.

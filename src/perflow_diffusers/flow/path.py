@@ -55,6 +55,10 @@ class NoisePath:
                 f"The tables are {self.alpha.dtype} and {self.sigma.dtype}; expected float64: pass .double()."
             )
 
+    def __repr__(self) -> str:
+        n, sigma = self.num_train_timesteps, self.sigma
+        return f"NoisePath(timesteps 0..{n}, sigma {sigma[0]:.4g} to {sigma[-1]:.4g}, on {sigma.device})"
+
     @classmethod
     def from_betas(
         cls,

@@ -44,6 +44,11 @@ class Windows:
             )
         object.__setattr__(self, "boundaries", tuple(int(b) for b in given))
 
+    def __repr__(self) -> str:
+        given = self.boundaries
+        some = given if len(given) <= 12 else (*given[:6], "...", *given[-3:])
+        return f"Windows({self.num_windows}: {' > '.join(map(str, some))})"
+
     @classmethod
     def uniform(cls, num_windows: int, noise: int = 1000, clean: int = 0) -> Windows:
         """`num_windows` >= 1 windows of equal length (rounded down to integers) from timestep `noise` to `clean`."""

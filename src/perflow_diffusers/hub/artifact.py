@@ -17,6 +17,7 @@ from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import WeightSource
 from perflow_diffusers.weights.delta import content_hash
 from perflow_diffusers.weights.plan import find_unet
+from perflow_diffusers.weights.shown import LongDict, folded, html_facts, shorten
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,14 +59,40 @@ class PeRFlowArtifact:
     name: str = ""
     version: int = FORMAT_VERSION
 
+    def __post_init__(self) -> None:
+        shorten(self)
+
     def __repr__(self) -> str:
-        steps = " or ".join(map(str, self.recommended_steps or (self.steps,)))
         guidance = "" if self.guidance_scale is None else f", guidance {self.guidance_scale:g}"
         has = ", ".join(self.files) or "no weights"
-        return (
+        return folded(
             f"<PeRFlowArtifact {self.name or 'without a name'}: {self.prediction_type}, {self.num_time_windows} "
-            f"windows, steps {steps}{guidance}; base {self.base_model or 'not said'}; {has}>"
+            f"windows, steps {self._steps}{guidance}; base {self.base_model or 'not said'}; {has}>"
         )
+
+    def _repr_html_(self) -> str:
+        return html_facts(self.name, [*self.facts, ("licence", self.licence or "not said")])
+
+    @property
+    def facts(self) -> list[tuple[str, Any]]:
+        """What people want to know, by its name in words; only what is said."""
+        boundaries = f", boundaries {list(self.window_boundaries)}" if self.window_boundaries else ""
+        rows = {
+            "prediction type": self.prediction_type,
+            "time windows": f"{self.num_time_windows}{boundaries}",
+            "recommended steps": self._steps,
+            "recommended guidance": self.guidance_scale,
+            "guidance in training": self.solve_guidance,
+            "base": self.base_model,
+            "base hash": self.base_hash,
+            "base predicts": self.base_prediction_type,
+            "network": ", ".join(f"{key} {value}" for key, value in self.network.items()) or None,
+        }
+        return [(name, value) for name, value in rows.items() if value is not None]
+
+    @property
+    def _steps(self) -> str:
+        return " or ".join(map(str, self.recommended_steps or (self.steps,)))
 
     @property
     def steps(self) -> int:
@@ -147,12 +174,13 @@ class PeRFlowArtifact:
             "noise": dict(self.noise) or None,
             "recipe": dict(self.recipe) or None,
         }
-        return {key: value for key, value in content.items() if value is not None}
+        return LongDict({key: value for key, value in content.items() if value is not None})
 
     @property
     def metadata(self) -> dict[str, str]:
         """The same for the header of a safetensors file (str -> str, others as JSON)."""
-        return {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in self.settings.items()}
+        said = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in self.settings.items()}
+        return LongDict(said)
 
     def make_scheduler(self, config: Any) -> PeRFlowScheduler:
         """PeRFlow's scheduler for these weights, from the configuration of the pipeline's own scheduler.

@@ -19,6 +19,7 @@ from perflow_diffusers.hub.settings import checked, from_metadata, from_schedule
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.locate import SHORT_NAMES, HubSpec
 from perflow_diffusers.weights.published import Published, published
+from perflow_diffusers.weights.shown import shown
 from perflow_diffusers.weights.where import Where
 
 SETTINGS = "perflow.json"
@@ -41,6 +42,7 @@ _NO_VARIANT = (
 _DECISIVE = ("prediction_type", "num_time_windows", "window_boundaries")
 
 
+@shown
 @dataclass(frozen=True)
 class Found:
     """Checked `fields` of an artefact, and its local `sources` by form (a file, or an opened source)."""

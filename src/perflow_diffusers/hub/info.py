@@ -36,6 +36,7 @@ from perflow_diffusers.hub.settings import from_metadata, from_scheduler
 from perflow_diffusers.weights import WeightsInfo, describe_weights
 from perflow_diffusers.weights.locate import SHORT_NAMES
 from perflow_diffusers.weights.published import Published, published
+from perflow_diffusers.weights.shown import LongDict, html_facts, html_table, shorten, shown
 from perflow_diffusers.weights.where import Where
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ _UNET = re.compile(r"unet/[^/]+\.safetensors")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
+@shown
 @dataclass(frozen=True)
 class ArtifactInfo:
     """What an artefact is: its settings (None for weights that say nothing), sizes in bytes by file, licence.
@@ -62,6 +64,9 @@ class ArtifactInfo:
     note: str = ""
     weights: Mapping[str, WeightsInfo] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        shorten(self)
+
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON types: `settings` as in `perflow.json` but for the sample of the base; what is in
         the local files under `weights`, and of a single one beside the rest, too."""
@@ -71,7 +76,8 @@ class ArtifactInfo:
         weights = {name: info.to_dict() for name, info in self.weights.items()}
         own = {**next(iter(weights.values()))} if len(weights) == 1 else {}
         own_settings = own.pop("settings", None)
-        return {**own, **said, "settings": settings or own_settings, **({"weights": weights} if weights else {})}
+        parts = {"weights": weights} if weights else {}
+        return LongDict({**own, **said, "settings": settings or own_settings, **parts})
 
     def __str__(self) -> str:
         lines = [self.name, *([self.note] if self.note else [])]
@@ -81,26 +87,21 @@ class ArtifactInfo:
         elif said is None:
             lines.append("says nothing about how its weights were trained")
         else:
-            windows = f"{said.num_time_windows}" + (
-                f", boundaries {list(said.window_boundaries)}" if said.window_boundaries else ""
-            )
-            steps = " or ".join(map(str, said.recommended_steps or (said.steps,)))
-            rows = {
-                "prediction type": said.prediction_type,
-                "time windows": windows,
-                "recommended steps": steps,
-                "recommended guidance": said.guidance_scale,
-                "guidance in training": said.solve_guidance,
-                "base": said.base_model,
-                "base hash": said.base_hash,
-                "base predicts": said.base_prediction_type,
-                "network": ", ".join(f"{key} {value}" for key, value in said.network.items()) or None,
-            }
-            lines += [f"  {key:22}{value}" for key, value in rows.items() if value is not None]
+            lines += [f"  {key:22}{value}" for key, value in said.facts]
         lines.append(f"  {'licence':22}{self.licence or 'not said'}")
         for name, size in sorted(self.sizes.items()):
             lines.append(f"  {name:46}{size:>16,} bytes{_in_words(self.weights.get(name))}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        said, only = self.artifact, next(iter(self.weights.values())) if len(self.weights) == 1 else None
+        facts = [] if said is None else said.facts
+        facts = [("what", self.note.strip()), *facts] if self.note else facts
+        table = html_facts(self.name, [*facts, ("licence", self.licence or "not said")])
+        if said is None and only is not None:
+            table = only._repr_html_()
+        files = [(name, _in_words(self.weights.get(name)).strip(), f"{size:,}") for name, size in self.sizes.items()]
+        return table + html_table("", ("file", "holds", "bytes"), sorted(files)) if files else table
 
 
 def describe(source: Any, **where: "Unpack[HubOptions]") -> ArtifactInfo:

@@ -17,6 +17,7 @@ from perflow_diffusers.hub.adapters import faulty_adapter
 from perflow_diffusers.weights.errors import MergeError
 from perflow_diffusers.weights.plan import find_unet
 from perflow_diffusers.weights.scales import Strength
+from perflow_diffusers.weights.shown import shown
 from perflow_diffusers.weights.stack import is_lost, layer_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _FAULT = "PeRFlowScheduler is drawing, but the weights of {} are not at work as 
 _RELOAD = "`unload_perflow(pipe)` puts the former scheduler back; then load the accelerator again."
 
 
+@shown
 @dataclass(frozen=True)
 class Loaded:
     """An accelerator in a UNet, on which this is kept.

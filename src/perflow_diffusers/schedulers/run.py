@@ -44,6 +44,9 @@ class Run:
         self.positions = {t: i for i, t in enumerate(self.points[:-1])}
         self.unversioned = self.timesteps.is_inference()
 
+    def __repr__(self) -> str:
+        return f"Run(timesteps {list(self.points[:-1])[:8]}, {len(self.steps)} steps, index {self.index})"
+
     def follow(self, former: Run) -> None:
         """Take the place of another run."""
         cut = former.steps and former.owner != self.owner and (former.index or 0) < len(former.steps)

@@ -12,6 +12,7 @@ from typing import Any
 
 from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.json_object import parsed
+from perflow_diffusers.weights.shown import shown
 from perflow_diffusers.weights.source import WeightSource
 
 #: Header key under which diffusers stores the LoRA configs of a pipeline's parts, as JSON.
@@ -98,6 +99,7 @@ _WHOLE_NAME = re.compile(r"\^[\w.]+")
 _Patterns = tuple[tuple[int | None, re.Pattern[str], float], ...]
 
 
+@shown
 @dataclass(frozen=True)
 class AdapterConfig:
     """What the config of one part of a pipeline says of strengths; `kind` is PEFT's, "" if there is no config.

@@ -20,6 +20,7 @@ from perflow_diffusers.weights.header_facts import for_new_tensors
 from perflow_diffusers.weights.lora import RESIDUAL, as_delta, open_residual
 from perflow_diffusers.weights.lora_layers import ADAPTER_METADATA, warn_of_bundled
 from perflow_diffusers.weights.scales import strength_of
+from perflow_diffusers.weights.shown import LongDict, shorten, shown
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
 from perflow_diffusers.weights.writer import File, Spec, check_target, write_safetensors, write_together
 
@@ -27,6 +28,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OF_TRAINING = ("ss_", "modelspec.")  # facts of one LoRA, true of several only if they share them
 
 
+@shown
 @dataclass(frozen=True)
 class CombineReport:
     """What `combine` wrote, or would write.
@@ -46,6 +48,9 @@ class CombineReport:
     ranks: Mapping[int, int]
     disagreed: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        shorten(self)
+
     def __str__(self) -> str:
         terms = " + ".join(f"{scale:g} x {name}" for name, scale in zip(self.sources, self.scales, strict=True))
         lines = [f"{terms} as one {self.form}: {self.tensors} tensors, {self.nbytes / 1e6:.2f} MB: {self.path}"]
@@ -60,7 +65,7 @@ class CombineReport:
     def to_dict(self) -> dict[str, Any]:
         """All of it, fit for `json.dumps`."""
         residual = None if self.residual_path is None else str(self.residual_path)
-        return {**asdict(self), "path": str(self.path), "residual_path": residual}
+        return LongDict({**asdict(self), "path": str(self.path), "residual_path": residual})
 
 
 def combine(

@@ -13,6 +13,7 @@ from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import DeltaError
 from perflow_diffusers.weights.lora_layers import LoraLayer, adapter_metadata, lora_layers
 from perflow_diffusers.weights.lora_names import spelled
+from perflow_diffusers.weights.shown import shown
 from perflow_diffusers.weights.source import WeightSource
 from perflow_diffusers.weights.writer import Spec
 
@@ -43,6 +44,7 @@ class _Part:
         return torch.einsum("pqkl,qi->pikl", mid, down.float().flatten(1))
 
 
+@shown
 @dataclass(frozen=True)
 class Joined:
     """LoRA layers in the layout of diffusers: `specs` of the tensors, `config` as the header has it, `ranks`."""

@@ -14,6 +14,7 @@ from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.complete import check_complete
 from perflow_diffusers.weights.errors import DeltaError
 from perflow_diffusers.weights.rounding import RoundingNoise, coarser, rounded, rounding_note
+from perflow_diffusers.weights.shown import shown
 from perflow_diffusers.weights.single_file import unet_of_single_file
 from perflow_diffusers.weights.source import WeightSource, check_detached, dtype_name, open_weights
 from perflow_diffusers.weights.writer import Spec, tensor_bytes, write_folder, write_safetensors
@@ -21,6 +22,7 @@ from perflow_diffusers.weights.writer import Spec, tensor_bytes, write_folder, w
 DELTA_FORMAT = "delta-1"
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class Delta(WeightSource):
     """A delta that was computed; `identical` names the tensors that are the same in base and tuned weights."""

@@ -12,6 +12,7 @@ import torch
 from perflow_diffusers.weights.delta import named_weights
 from perflow_diffusers.weights.plan import ConvIn, check_addable, plan_weights
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of
+from perflow_diffusers.weights.shown import shown
 from perflow_diffusers.weights.sums import Kept, Layer, check_sums, sample, terms_of, write_weight
 from perflow_diffusers.weights.unet_config import config_beside
 from perflow_diffusers.weights.writer import (
@@ -27,6 +28,7 @@ from perflow_diffusers.weights.writer import (
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
+@shown
 @dataclass(frozen=True)
 class FileMergeReport:
     """What a merge to a file did, or would do; `changed`, `untouched` count weights, `nbytes` is their size.

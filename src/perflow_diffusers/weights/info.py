@@ -14,6 +14,7 @@ from perflow_diffusers.weights.lora_kin import kin_shape, split_kin
 from perflow_diffusers.weights.lora_layers import lora_layers, named_tensors
 from perflow_diffusers.weights.lora_names import KIN_ROLES
 from perflow_diffusers.weights.original_file import ema_names, unet_names
+from perflow_diffusers.weights.shown import LongDict, html_facts, shorten, shown, size_in_words
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ SETTINGS = (
 )
 
 
+@shown
 @dataclass(frozen=True)
 class WeightsInfo:
     """What weights are, without reading their numbers.
@@ -61,22 +63,32 @@ class WeightsInfo:
     ranks: Mapping[int, int]
     settings: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        shorten(self)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return LongDict(asdict(self))
 
-    def __str__(self) -> str:
-        size = f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e8 else f"{self.nbytes / 1e6:.2f} MB"
+    @property
+    def _facts(self) -> list[tuple[str, str]]:
+        """Names and values for people."""
+        size = f"{self.tensors} tensors, {self.parameters / 1e6:.2f} M numbers, {size_in_words(self.nbytes)}"
         rows = [
             ("what", f"{self.kind} ({self.form}) for {self.family}" if self.form != self.kind else self.kind),
-            ("size", f"{self.tensors} tensors, {self.parameters / 1e6:.2f} M numbers, {size}"),
+            ("size", size),
             ("stored as", ", ".join(f"{name} ({count})" for name, count in self.dtypes.items())),
         ]
         if self.ranks:
             rows.append(("ranks", ", ".join(f"{rank} ({count} layers)" for rank, count in self.ranks.items())))
-        rows += [(key, str(value)) for key, value in self.settings.items()]
-        width = max(len(key) for key, _ in rows)
-        return "\n".join([self.name, *(f"  {key:{width}}  {value}" for key, value in rows)])
+        return rows + [(key, str(value)) for key, value in self.settings.items()]
+
+    def __str__(self) -> str:
+        width = max(len(key) for key, _ in self._facts)
+        return "\n".join([self.name, *(f"  {key:{width}}  {value}" for key, value in self._facts)])
+
+    def _repr_html_(self) -> str:
+        return html_facts(self.name, self._facts)
 
 
 def describe_weights(source: Any, **where: "Unpack[HubOptions]") -> WeightsInfo:

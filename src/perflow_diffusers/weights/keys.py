@@ -115,6 +115,14 @@ def grouped(names: Iterable[str], limit: int = 6) -> str:
     return ", ".join(parts) + (f" and {more} more groups" if more > 0 else "")
 
 
+def by_block(names: Iterable[str]) -> dict[str, list[str]]:
+    """`{block: its names}`, a block as in `down_blocks.0` or `conv_in`, in the order in which they come."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(_block(name), []).append(name)
+    return found
+
+
 def _block(name: str) -> str:
     """`down_blocks.0.attentions.1.x.weight` -> `down_blocks.0`; `conv_in.weight` -> `conv_in`."""
     parts = name.split(".")

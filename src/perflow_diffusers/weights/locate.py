@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.json_object import read_object
 from perflow_diffusers.weights.published import PUBLISHED
+from perflow_diffusers.weights.shown import shown
 from perflow_diffusers.weights.where import Where
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -20,6 +21,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 RESIDUAL_SUFFIX = ".residual.safetensors"
 
 
+@shown
 @dataclass(frozen=True)
 class HubSpec:
     """Where weights live on the Hub, and what their header should have said (`metadata`, str -> str)."""
@@ -36,6 +38,7 @@ class HubSpec:
         return replace(where, **said)
 
 
+@shown
 @dataclass(frozen=True)
 class Located:
     """Safetensors files on this machine, and metadata that is known from elsewhere than their headers.

@@ -31,6 +31,7 @@ from perflow_diffusers.weights.lora_layers import (
 )
 from perflow_diffusers.weights.lora_names import KOHYA_PREFIXES
 from perflow_diffusers.weights.notices import warn_user
+from perflow_diffusers.weights.shown import shown
 from perflow_diffusers.weights.source import WeightSource, check_detached, open_weights
 
 __all__ = [
@@ -52,6 +53,7 @@ _CPU = torch.device("cpu")
 _SAFE = 100.0  # bounds below this need no exact look: sums overflow fp16 only at scales of hundreds
 
 
+@shown
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Rebuilt(WeightSource):
     """A delta in fp32 whose tensors are computed, on the device where they are used, from a more compact form.

@@ -17,6 +17,7 @@ from perflow_diffusers.weights import keys, lora_names
 from perflow_diffusers.weights.adapter_config import AdapterConfig, adapter_configs
 from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.lora_layers import LoraLayer, named_tensors, number
+from perflow_diffusers.weights.shown import shown
 from perflow_diffusers.weights.source import WeightSource
 
 _Shape = tuple[int, ...]
@@ -27,6 +28,7 @@ _KERNELS = {**dict.fromkeys(("conv", "conv1", "conv2", "conv_in", "conv_out"), 3
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
+@shown
 @dataclass(frozen=True)
 class KinLayer:
     """A change of one parameter that is no low-rank pair: `kind` "loha", "lokr" or "whole", tensors by role.
@@ -42,6 +44,7 @@ class KinLayer:
     scale: float
 
 
+@shown
 @dataclass(frozen=True)
 class Kin:
     """A LoRA file taken apart: `layers`, keys of DoRA's `magnitudes` and of LoRA's `biases` by place, and the `rest`.

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.shown import LongDict, html_table, shorten, shown, size_in_words
 
 _SHOWN = 8
 
 
+@shown
 @dataclass(frozen=True)
 class LayerReport:
     """One layer of a LoRA. Errors are relative to the norm of the layer's difference, 0 = exact, 1 = nothing kept.
@@ -29,6 +31,7 @@ class LayerReport:
     nbytes: int
 
 
+@shown
 @dataclass(frozen=True)
 class LoraReport:
     """What `extract_lora` did.
@@ -50,6 +53,23 @@ class LoraReport:
     nbytes: int
     residual_nbytes: int
     delta_nbytes: int
+
+    def __post_init__(self) -> None:
+        shorten(self)
+
+    def _repr_html_(self) -> str:
+        """The layers of each block: errors in the norm of the block's difference."""
+        layers, rows = {layer.name: layer for layer in self.layers}, []
+        for block, names in keys.by_block(layers).items():
+            found = [layers[name] for name in names]
+            norm = sum(layer.norm**2 for layer in found) ** 0.5
+            lost = sum((layer.relative_error * layer.norm) ** 2 for layer in found) ** 0.5
+            ranks = sorted({layer.rank for layer in found})
+            span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+            size = size_in_words(sum(layer.nbytes for layer in found))
+            rows.append((block, len(found), span, f"{lost / norm if norm else 0:.4f}", f"{norm:.3g}", size))
+        columns = ("block", "layers", "rank", "error", "norm", "size")
+        return html_table("\n".join(str(self).splitlines()[:4]), columns, rows)
 
     def __str__(self) -> str:
         """A summary and a table of the layers with the largest share of the lost energy."""
@@ -79,8 +99,5 @@ class LoraReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, fit for `json.dumps`."""
-        return {
-            **asdict(self),
-            "path": str(self.path),
-            "residual_path": None if self.residual_path is None else str(self.residual_path),
-        }
+        residual = None if self.residual_path is None else str(self.residual_path)
+        return LongDict({**asdict(self), "path": str(self.path), "residual_path": residual})

@@ -22,6 +22,7 @@ from perflow_diffusers.weights.plan import (
     usable_weights,
 )
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of
+from perflow_diffusers.weights.shown import folded, shorten, shown
 from perflow_diffusers.weights.stack import (
     Backup,
     MergeStack,
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 
+@shown
 @dataclass(frozen=True)
 class MergeReport:
     """What a merge did: counts of weights, names of special ones, bytes of the backup, seconds it took.
@@ -66,6 +68,9 @@ class MergeReport:
     backup_bytes: int
     seconds: float
     kept: float = 1.0
+
+    def __post_init__(self) -> None:
+        shorten(self)
 
     def __str__(self) -> str:
         text = f"merged {self.source} x {Strength(self.scale)} into {self.changed} weights in {self.seconds:.2f} s"
@@ -148,14 +153,14 @@ class MergeHandle:
             self.undo()
 
     def __repr__(self) -> str:
+        now = "; active" if self.scale == self.report.scale else f"; now x {Strength(self.scale)}"
         if self.number is None:
-            return f"MergeHandle({self.report})"
-        if self._unet() is None:
-            return f"MergeHandle({self.report}; its UNet is gone)"
-        now = "active" if self.scale == self.report.scale else f"now x {Strength(self.scale)}"
-        if not self.active:
-            now = "undone"
-        return f"MergeHandle({self.report}; {now})"
+            now = ""
+        elif self._unet() is None:
+            now = "; its UNet is gone"
+        elif not self.active:
+            now = "; undone"
+        return folded(f"MergeHandle({self.report}{now})")
 
 
 def _no_unet() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.plan import find_unet
+from perflow_diffusers.weights.shown import LongDict
 
 
 def measure_moments(pipe_or_unet: Any, run: Callable[[], object], *, full: bool = False) -> dict[str, torch.Tensor]:
@@ -36,7 +37,7 @@ def measure_moments(pipe_or_unet: Any, run: Callable[[], object], *, full: bool 
             hook.remove()
     if not sums:
         raise ValueError("`run` never called the UNet. Pass a function that draws pictures with the same pipeline.")
-    return {name: (total / count).float() for name, (total, count) in sums.items()}
+    return LongDict({name: (total / count).float() for name, (total, count) in sums.items()})
 
 
 def _add(

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from perflow_diffusers.weights.shown import shown
+
 _TOP = {
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
@@ -40,6 +42,7 @@ _LAYERS = (2, 1, 3)
 _WIDE = re.compile(r"\.(proj_in|proj_out|attn[12]\.to_q|attn1\.to_[kv]|attn[12]\.to_out\.0|out_layers\.3)$")
 
 
+@shown
 @dataclass(frozen=True)
 class Blocks:
     """ResNets by down and by up block (the last number holds for all further blocks), and up blocks without attention.

@@ -14,6 +14,7 @@ from perflow_diffusers.weights.delta import DELTA_FORMAT
 from perflow_diffusers.weights.errors import DeltaError
 from perflow_diffusers.weights.header_facts import without_hashes
 from perflow_diffusers.weights.lora import as_delta
+from perflow_diffusers.weights.shown import LongDict, html_table, shorten, shown
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
 from perflow_diffusers.weights.writer import Spec, write_safetensors
 
@@ -24,6 +25,7 @@ INT8_FORMAT = "delta-int8-1"
 _LEVELS = 127
 
 
+@shown
 @dataclass(frozen=True)
 class ShrinkReport:
     """What shrinking did: bytes of all tensors before and after, and the error as a share of the norm.
@@ -40,6 +42,16 @@ class ShrinkReport:
     relative_error: float
     errors: Mapping[str, float]
 
+    def __post_init__(self) -> None:
+        shorten(self)
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for block, names in keys.by_block(self.errors).items():
+            worst = max(names, key=lambda name: self.errors[name])
+            rows.append((block, len(names), f"{self.errors[worst]:.2e}", worst))
+        return html_table(str(self).splitlines()[0], ("block", "tensors", "largest error", "of"), rows)
+
     @property
     def ratio(self) -> float:
         """Bytes after / bytes before."""
@@ -47,7 +59,7 @@ class ShrinkReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
-        return {
+        said = {
             "path": str(self.path),
             "source": self.source,
             "dtype": self.dtype,
@@ -57,6 +69,7 @@ class ShrinkReport:
             "relative_error": self.relative_error,
             "errors": dict(self.errors),
         }
+        return LongDict(said)
 
     def __str__(self) -> str:
         worst = sorted(self.errors, key=lambda name: -self.errors[name])[:5]

@@ -14,6 +14,7 @@ from perflow_diffusers.weights.errors import MergeError
 from perflow_diffusers.weights.live import live_weights, replaced_modules, unwrapped
 from perflow_diffusers.weights.lora import as_delta
 from perflow_diffusers.weights.scales import Scale, strength_of
+from perflow_diffusers.weights.shown import LongDict, html_table, shorten, shown
 from perflow_diffusers.weights.source import WeightSource, open_weights
 from perflow_diffusers.weights.sums import Layer, check_sums
 
@@ -22,6 +23,7 @@ ConvIn = Literal["pad", "skip"]
 _WIDE = "conv_in.weight"
 
 
+@shown
 @dataclass(frozen=True)
 class Edit:
     """One weight (canonical `name`) that gets a source's tensor `key`, on its first `channels` inputs if given."""
@@ -31,6 +33,7 @@ class Edit:
     channels: int | None = None
 
 
+@shown
 @dataclass(frozen=True)
 class MergePlan:
     """What a merge will change; it exists only if everything fits.
@@ -48,6 +51,29 @@ class MergePlan:
     peaks: Mapping[str, float]
     fingerprint: str
 
+    def __post_init__(self) -> None:
+        shorten(self)
+
+    def __str__(self) -> str:
+        others = [f"{len(getattr(self, what))} {what}" for what in ("untouched", "skipped") if getattr(self, what)]
+        padded = ", ".join(edit.name for edit in self.edits if edit.channels is not None)
+        others += [f"on the first input channels of {padded}"] if padded else []
+        largest = f"largest number {self.largest:.3g}"
+        return f"{self.source.name} changes {len(self.edits)} weights; {'; '.join([*others, largest])}"
+
+    def _repr_html_(self) -> str:
+        blocks = keys.by_block([*self.edit_of, *self.untouched])
+        rows = [
+            (
+                block,
+                sum(name in self.edit_of for name in names),
+                sum(name not in self.edit_of for name in names),
+                f"{max((self.peaks.get(name, 0.0) for name in names), default=0.0):.3g}",
+            )
+            for block, names in blocks.items()
+        ]
+        return html_table(str(self), ("block", "changed", "untouched", "largest number"), rows)
+
     @property
     def largest(self) -> float:
         """The largest absolute value of all."""
@@ -56,7 +82,7 @@ class MergePlan:
     @cached_property
     def edit_of(self) -> dict[str, Edit]:
         """The edit of each weight that changes."""
-        return {edit.name: edit for edit in self.edits}
+        return LongDict({edit.name: edit for edit in self.edits})
 
 
 def plan_merge(pipe_or_unet: Any, source: Any, *, scale: Scale = 1.0, conv_in: ConvIn = "pad") -> MergePlan:

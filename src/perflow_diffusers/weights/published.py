@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from functools import partial
 
+from perflow_diffusers.weights.shown import shown
+
 _OWNER = "hansyan"
 #: The noise schedule of SD 1.x, SD 2.x and SDXL, as their scheduler configurations have it.
 NOISE = {
@@ -15,6 +17,7 @@ NOISE = {
 }
 
 
+@shown
 @dataclass(frozen=True)
 class Published:
     """One published set of weights.

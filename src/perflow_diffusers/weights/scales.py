@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perflow_diffusers.weights.errors import MergeError
+from perflow_diffusers.weights.shown import shown
 
 #: One number, or numbers by block: see `strength_of`.
 Scale = float | Mapping[str, Any]
@@ -16,6 +17,7 @@ _SIDES = {"down": "down_blocks", "up": "up_blocks"}
 _KOHYA = re.compile(r"(IN|M|OUT)\d\d")
 
 
+@shown
 @dataclass(frozen=True)
 class Strength:
     """`given` is the scale as it was passed; `of(name)` the number that a weight's delta is multiplied by."""

@@ -1,6 +1,7 @@
 """Any kind of weights as one lazy mapping `{name: tensor}`: `open_weights(anything) -> WeightSource`."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from perflow_diffusers.weights.json_object import parsed
 from perflow_diffusers.weights.live import check_runs_on_its_weights, live_weights, unwrapped
 from perflow_diffusers.weights.locate import SHORT_NAMES, HubSpec, Located, locate, pickle_refused
 from perflow_diffusers.weights.original_file import ema_names
+from perflow_diffusers.weights.shown import html_table, shorten, shown, size_in_words
 from perflow_diffusers.weights.where import HubOptions, Where
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ _MAX_HEADER = 100_000_000  # bytes, as the format says
 _ORDERED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that have an `aminmax`
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class WeightSource(Mapping[str, torch.Tensor]):
     """A read-only mapping `{name: tensor}` that reads a tensor when it is asked for it.
@@ -55,6 +58,7 @@ class WeightSource(Mapping[str, torch.Tensor]):
     `kind` is "lora" (the names say so, whatever the header says), "delta" (the header says so) or "weights" (anything
     else: complete weights, or a delta without a header); `name` is where it came from, for people; `files` are the
     files it reads, none for tensors in memory. Tensors of files are memory-mapped on the CPU: do not write to them.
+    At a prompt the mappings show their first entries; `dict(source.shapes)` shows all.
     """
 
     name: str
@@ -63,6 +67,24 @@ class WeightSource(Mapping[str, torch.Tensor]):
     read: Callable[[str], torch.Tensor] = field(repr=False)
     metadata: Mapping[str, str] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        shorten(self)
+
+    def __str__(self) -> str:
+        dtypes = Counter(self.dtypes.values()).most_common()
+        stored = ", ".join(str(dtype).removeprefix("torch.") for dtype, _ in dtypes)
+        numbers = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        size = f"{len(self)} tensors, {numbers / 1e6:.2f} M numbers, {size_in_words(self.nbytes)}"
+        return f"{self.name}: {self.kind}, {size}" + (f" in {stored}" if stored else "")
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for block, names in keys.by_block(self.shapes).items():
+            numbers = sum(torch.Size(self.shapes[name]).numel() for name in names)
+            kinds = sorted({str(self.dtypes[name]).removeprefix("torch.") for name in names})
+            rows.append((block, len(names), f"{numbers:,}", ", ".join(kinds)))
+        return html_table(str(self), ("block", "tensors", "numbers", "dtype"), rows)
 
     @property
     def kind(self) -> str:
@@ -183,6 +205,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return DTYPE_NAMES[dtype]
 
 
+@shown
 @dataclass(frozen=True)
 class Renamed:
     """Reads a tensor under another name."""

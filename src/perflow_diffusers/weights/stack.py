@@ -17,6 +17,7 @@ import torch
 from perflow_diffusers.weights import keys
 from perflow_diffusers.weights.errors import MergeError
 from perflow_diffusers.weights.plan import MergePlan
+from perflow_diffusers.weights.shown import shown
 from perflow_diffusers.weights.source import WeightSource, open_weights
 from perflow_diffusers.weights.sums import Kept, Layer, check_sums, sample, terms_of, write_weight
 from perflow_diffusers.weights.writer import specs_of, write_safetensors
@@ -26,6 +27,7 @@ Backup = Literal["cpu", "disk", "none"]
 _ATTRIBUTE = "_perflow_merges"
 
 
+@shown
 @dataclass(frozen=True)
 class Saved:
     """Base bits of weights from before their first merge, by canonical name; `folder` lives as long as this does."""
@@ -35,6 +37,7 @@ class Saved:
     folder: Path | None = None
 
 
+@shown
 @dataclass
 class MergeStack:
     """What a UNet carries: layers that can be undone, base bits, samples of what was written, and permanent merges.

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from perflow_diffusers.weights.shown import shown
+
 #: Below this share of the squared norm, the tail drowns in the rounding of fp32 squares: float64 takes over.
 _STEEP = 1e-3
 #: A basis is grown until what more of it could gain is this share of the squared error: 1.004 x the optimal error.
@@ -43,6 +45,7 @@ class Effort:
     power_iterations: int = 2
 
 
+@shown
 @dataclass(frozen=True)
 class LowRank:
     """left (m, r) @ right (r, n), fp32, a projection of the matrix: the error is orthogonal to it.

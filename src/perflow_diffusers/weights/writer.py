@@ -16,6 +16,7 @@ import torch
 
 from perflow_diffusers.weights.errors import WeightWriteError
 from perflow_diffusers.weights.json_object import parsed
+from perflow_diffusers.weights.shown import shown
 from perflow_diffusers.weights.source import dtype_name
 
 #: What a tensor will be, known before it exists: shape and dtype.
@@ -23,6 +24,7 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 Metadata = Mapping[str, str] | Callable[[], Mapping[str, str]]
 
 
+@shown
 @dataclass(frozen=True)
 class File:
     """What `write_safetensors` writes, as one value."""

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from perflow_diffusers.weights.shown import shown
+
 from .deal import Dealer, Dealt, PreparedBatches, generator_seed
 from .encoders import to_latents
 from .manifest import EMPTY_PROMPT, OPTIONS, check_files, check_same, read_manifest
@@ -23,6 +25,7 @@ from .sources import open_source
 OPEN_FILES = 64  # at once: systems allow a process some hundreds
 
 
+@shown
 @dataclass(frozen=True)
 class CachedBatch:
     """`latents` (B, C, h, w) or None, `prompt_embeds` (B, L, D), SDXL's `pooled` (B, P) and `add_time_ids` (B, 6).

@@ -7,6 +7,8 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from perflow_diffusers.weights.shown import shown
+
 from .options import DataError
 from .order import Drawn, Order, Ref
 from .report import Failure, Watch
@@ -23,6 +25,7 @@ class Dealt:
     group: Hashable
 
 
+@shown
 @dataclass
 class Plan:
     """A global batch, what was met on the way to it, and the state from which it follows."""

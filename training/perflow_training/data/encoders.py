@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from perflow_diffusers.weights.shown import shown
+
 Encoded = dict[str, Tensor]
 
 
+@shown
 @dataclass(frozen=True)
 class Encoders:
     """What turns examples into tensors, one row an example.

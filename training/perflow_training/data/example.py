@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from perflow_diffusers.weights.shown import shown
 
+
+@shown
 @dataclass(frozen=True)
 class Example:
     """One caption and its picture; sizes are (height, width) and the crop is (top, left), as SDXL wants them.

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass, fields, replace
 
+from perflow_diffusers.weights.shown import shown
+
 #: the options that name where examples come from; exactly one of them is set
 SOURCES = ("train_data_dir", "train_captions", "dataset_name", "train_shards")
 
@@ -10,6 +12,7 @@ class DataError(ValueError):
     """An option about data that cannot work, or data that cannot be used."""
 
 
+@shown
 @dataclass(frozen=True)
 class DataOptions:
     """Where captions and pictures come from, and what is done to the pictures. The names are those of the YAML files.

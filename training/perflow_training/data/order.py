@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from perflow_diffusers.weights.shown import shown
+
 from .options import DataError
 from .report import Watch
 from .sources import IndexedSource, Record, ShardedSource
@@ -13,6 +15,7 @@ from .sources import IndexedSource, Record, ShardedSource
 Ref = tuple[int, ...]
 
 
+@shown
 @dataclass(frozen=True)
 class Drawn:
     ref: Ref

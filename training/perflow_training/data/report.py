@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from perflow_diffusers.weights.shown import shown
+
 from .options import DataError
 
 FIRST = 200  # examples after which a bad dataset is recognised at the latest
@@ -11,6 +13,7 @@ FAILURES = ("missing_captions", "unreadable_captions", "unreadable", "too_small"
 IN_A_ROW = 5000  # unusable examples in a row after which something must be wrong (a disk that went away)
 
 
+@shown
 @dataclass(frozen=True)
 class DataReport:
     """What one process has seen so far, over all epochs.

@@ -10,12 +10,15 @@ from io import StringIO
 from pathlib import Path
 from typing import Protocol
 
+from perflow_diffusers.weights.shown import shown
+
 from .options import DataError, DataOptions
 from .text import decoded, read_text, text_fault
 
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 
 
+@shown
 @dataclass(frozen=True)
 class Record:
     """One example before anything is decoded; `caption` is None, text or several texts to choose from.
