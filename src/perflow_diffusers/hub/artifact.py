@@ -71,11 +71,11 @@ class PeRFlowArtifact:
         )
 
     def _repr_html_(self) -> str:
-        return html_facts(self.name, [*self.facts, ("licence", self.licence or "not said")])
+        return html_facts(self.name, {**self.facts, "licence": self.licence or "not said"}.items())
 
     @property
-    def facts(self) -> list[tuple[str, Any]]:
-        """What people want to know, by its name in words; only what is said."""
+    def facts(self) -> dict[str, Any]:
+        """What people want to know, by its name in words, as far as it is said."""
         boundaries = f", boundaries {list(self.window_boundaries)}" if self.window_boundaries else ""
         rows = {
             "prediction type": self.prediction_type,
@@ -88,7 +88,7 @@ class PeRFlowArtifact:
             "base predicts": self.base_prediction_type,
             "network": ", ".join(f"{key} {value}" for key, value in self.network.items()) or None,
         }
-        return [(name, value) for name, value in rows.items() if value is not None]
+        return LongDict({name: value for name, value in rows.items() if value is not None})
 
     @property
     def _steps(self) -> str:

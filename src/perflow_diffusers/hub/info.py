@@ -87,7 +87,7 @@ class ArtifactInfo:
         elif said is None:
             lines.append("says nothing about how its weights were trained")
         else:
-            lines += [f"  {key:22}{value}" for key, value in said.facts]
+            lines += [f"  {key:22}{value}" for key, value in said.facts.items()]
         lines.append(f"  {'licence':22}{self.licence or 'not said'}")
         for name, size in sorted(self.sizes.items()):
             lines.append(f"  {name:46}{size:>16,} bytes{_in_words(self.weights.get(name))}")
@@ -95,9 +95,9 @@ class ArtifactInfo:
 
     def _repr_html_(self) -> str:
         said, only = self.artifact, next(iter(self.weights.values())) if len(self.weights) == 1 else None
-        facts = [] if said is None else said.facts
-        facts = [("what", self.note.strip()), *facts] if self.note else facts
-        table = html_facts(self.name, [*facts, ("licence", self.licence or "not said")])
+        note = {"what": self.note.strip()} if self.note else {}
+        facts = {**note, **({} if said is None else said.facts), "licence": self.licence or "not said"}
+        table = html_facts(self.name, facts.items())
         if said is None and only is not None:
             table = only._repr_html_()
         files = [(name, _in_words(self.weights.get(name)).strip(), f"{size:,}") for name, size in self.sizes.items()]
