@@ -10,6 +10,7 @@ from perflow_diffusers._version import __version__
 from perflow_diffusers.cli.app import app_command
 from perflow_diffusers.cli.demo import demo
 from perflow_diffusers.cli.draw import draw
+from perflow_diffusers.cli.env import env
 from perflow_diffusers.cli.hub import info, pull, push
 from perflow_diffusers.cli.terminal import interrupted
 from perflow_diffusers.cli.weights import combine, convert, diff, extract_lora, merge
@@ -52,7 +53,7 @@ def _interruptible(command: Callable[..., None], name: str) -> Callable[..., Non
     return run
 
 
-for command in (demo, draw, info, diff, merge, extract_lora, combine, convert, push, pull):
+for command in (demo, draw, info, diff, merge, extract_lora, combine, convert, push, pull, env):
     name = command.__name__.replace("_", "-")
     app.command(name)(_interruptible(command, name))
 app.command("app")(_interruptible(app_command, "app"))
