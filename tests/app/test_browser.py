@@ -208,7 +208,7 @@ def test_a_model_that_cannot_be_loaded(window):
     try:
         page = window(server.address, ready=False)
         page.wait_for_selector("#status .message.error", timeout=90_000)
-        assert "no/such-folder-or-model cannot be loaded" in page.locator("#status").inner_text()
+        assert "no file or folder here" in page.locator("#status").inner_text()
         shot(page, "model-missing")
         page.get_by_role("tab", name="Model").click()
         page.locator("#model textarea, #model input").fill("miniature")

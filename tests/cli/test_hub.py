@@ -70,7 +70,7 @@ def test_info_of_weights_and_pipelines(perflow, tmp_path):
 # The command, several times in one process: [[endpoint, token, words], ...] -> [[exit code, output], ...].
 MANY = """
 import json, os, sys
-import huggingface_hub
+import huggingface_hub.constants
 from typer.testing import CliRunner
 from perflow_diffusers.cli import app
 told = []
