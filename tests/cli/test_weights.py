@@ -195,12 +195,6 @@ def test_a_delta_of_another_model_is_refused_before_anything_is_written(folders,
     assert sorted(os.listdir(tmp_path)) == ["other.safetensors"]
 
 
-@pytest.mark.parametrize("command", ["info", "diff", "merge", "extract-lora", "combine", "convert", "push", "pull"])
-def test_help_teaches_by_example(command, perflow):
-    text = " ".join(perflow(command, "--help").output.split())
-    assert f"perflow {command} " in text
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -11,6 +11,7 @@ from perflow_diffusers.cli.app import app_command
 from perflow_diffusers.cli.demo import demo
 from perflow_diffusers.cli.draw import draw
 from perflow_diffusers.cli.env import env
+from perflow_diffusers.cli.help import help_of
 from perflow_diffusers.cli.hub import info, pull, push
 from perflow_diffusers.cli.terminal import interrupted
 from perflow_diffusers.cli.weights import combine, convert, diff, extract_lora, merge
@@ -21,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its boxes cut the names of options, and take [app] in a text for markup
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -55,8 +57,8 @@ def _interruptible(command: Callable[..., None], name: str) -> Callable[..., Non
 
 for command in (demo, draw, info, diff, merge, extract_lora, combine, convert, push, pull, env):
     name = command.__name__.replace("_", "-")
-    app.command(name)(_interruptible(command, name))
-app.command("app")(_interruptible(app_command, "app"))
+    app.command(name, help=help_of(command))(_interruptible(command, name))
+app.command("app", help=help_of(app_command))(_interruptible(app_command, "app"))
 
 
 def main() -> None:

@@ -28,9 +28,10 @@ def app_command(
         bool, typer.Option("--share", help="Open a public address through Gradio's servers. Anyone may use it.")
     ] = False,
 ) -> None:
-    """Serve a page that draws while you type, beside the same model without its accelerator.
+    """Serve a page that draws while you type.
 
-    Needs the extra "app": pip install "perflow-diffusers[app]". Stop it with Ctrl-C.
+    It shows the same model without its accelerator, too. Needs the extra "app": pip install
+    "perflow-diffusers[app]". Stop it with Ctrl-C.
 
     Examples:
 

@@ -11,13 +11,14 @@ from perflow_diffusers.cli.terminal import failing
 
 def demo(
     prompts: Annotated[
-        list[str] | None, typer.Argument(help='What to draw, one column each: "a person with red hair and glasses"')
+        list[str] | None,
+        typer.Argument(metavar="PROMPTS", help='What to draw, one column each: "a person with red hair and glasses"'),
     ] = None,
     out: Annotated[Path, typer.Option(help="The picture to write, a .png file.")] = Path("perflow-demo.png"),
     columns: Annotated[int, typer.Option(min=1, max=24, help="Prompts to draw when none is given.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the noise, and of the choice of prompts.")] = 0,
 ) -> None:
-    """Draw few steps beside many, on the small pipeline that comes with the package.
+    """Draw few steps beside many, on the embedded small pipeline.
 
     Every column starts from the same noise. Rows: 100 steps, stock samplers at 4 steps, PeRFlow at 4 and 8 steps; then
     the same for a fine-tuned checkpoint that the accelerator has never seen. Needs no network; takes about ten seconds

@@ -11,14 +11,14 @@ from perflow_diffusers.cli.terminal import failing
 
 
 def draw(
-    prompt: Annotated[str, typer.Argument(help='What to draw: "a person with red hair"')],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='What to draw: "a person with red hair"')],
     out: Annotated[
         Path | None, typer.Option(help="The .png file to write. Default: named by the prompt; nothing is overwritten.")
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, max=1000, help="Pictures to draw, of seeds one after another.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise of the first picture.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, max=16, help="Default: the accelerator's own.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, max=30, help="Default: the accelerator's own.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=16, help="Default: as the accelerator says.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, max=30, help="Default: as the accelerator says.")] = None,
     model: Annotated[
         str, typer.Option(help='A folder, a Hub id or a .safetensors checkpoint; "miniature" needs no network.')
     ] = "miniature",
@@ -30,7 +30,9 @@ def draw(
         str | None, typer.Option(help="float16, bfloat16 or float32. Default: float16, on a CPU float32.")
     ] = None,
 ) -> None:
-    """Draw a picture in a few steps; its path is printed, and its settings are in the PNG.
+    """Draw a picture in a few steps.
+
+    Its path is printed, and its settings are in the PNG.
 
     Examples:
 

@@ -13,14 +13,18 @@ from perflow_diffusers.cli.where import with_hub_options
 @with_hub_options()
 def info(
     source: Annotated[
-        str, typer.Argument(help="A .safetensors file, a folder, a short name (perflow-sd15-delta) or a Hub id.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A .safetensors file, a folder, a short name (perflow-sd15-delta) or a Hub id."
+        ),
     ],
     where: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="For scripts: one JSON object.")] = False,
 ) -> None:
-    """Say what weights are and how they are to be used: type, windows, steps, guidance, base, licence, sizes.
+    """Say what weights are and how they are to be used.
 
-    Of an artefact, bare weights or a pipeline. Reads headers only; of a Hub repository no weights are downloaded.
+    Type, windows, steps, guidance, base, licence and sizes of an artefact, bare weights or a pipeline. Reads headers
+    only; of a Hub repository no weights are downloaded.
 
     Examples:
 
@@ -40,10 +44,15 @@ def info(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="An artefact: what PeRFlowArtifact.save or a training run wrote.")],
-    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub; created if it does not exist.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="An artefact: what PeRFlowArtifact.save or a training run wrote.")
+    ],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub; created if it does not exist.")
+    ],
     licence: Annotated[
-        str | None, typer.Option(help="Licence of the weights; default: the card's, or the base's.")
+        str | None,
+        typer.Option("--licence", "--license", help="Licence of the weights; default: the card's, or the base's."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create the repository for yourself alone.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; created if missing.")] = None,
@@ -53,9 +62,9 @@ def push(
         bool, typer.Option("--dry-run", help="Check the folder and list what would be pushed.")
     ] = False,
 ) -> None:
-    """Publish an artefact: settings, weights, card and pictures in one commit.
+    """Publish an artefact on the Hub, in one commit.
 
-    The token is the one of `hf auth login` (or HF_TOKEN).
+    Settings, weights, card and pictures. The token is the one of `hf auth login` (or HF_TOKEN).
 
     Examples:
 
@@ -85,12 +94,14 @@ def push(
 
 @with_hub_options(without=("variant",))
 def pull(
-    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
-    folder: Annotated[Path, typer.Argument(help="Where the copy goes.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the copy goes.")],
     where: dict[str, Any],
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there already.")] = False,
 ) -> None:
-    """Copy an artefact from the Hub into a folder; `load_perflow(pipe, FOLDER)` then needs no network.
+    """Copy an artefact from the Hub into a folder.
+
+    `load_perflow(pipe, FOLDER)` then needs no network.
 
     Example:
 

@@ -9,23 +9,25 @@ import typer
 from perflow_diffusers.cli.terminal import check_out, failing, progress_bar
 from perflow_diffusers.cli.where import with_hub_options
 
-Source = Annotated[
-    str, typer.Argument(help="A .safetensors file, a model or pipeline folder, a short name or a Hub id.")
-]
+ANYTHING = "A .safetensors file, a model or pipeline folder, a short name or a Hub id."
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at OUT.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")]
 
 StoredDtype = Literal["float16", "bfloat16", "float32"]
 Form = Literal["diffusers", "kohya", "float16", "bfloat16", "int8", "comfy"]
-BaseEma = Annotated[bool, typer.Option(help="Of BASE, an original-format checkpoint, the EMA weights.")]
+BaseEma = Annotated[bool, typer.Option("--base-ema", help="Of BASE, an original-format checkpoint, the EMA weights.")]
 PerflowType = Literal["ddim_eps", "diff_eps", "velocity"]
 
 
 @with_hub_options("base", "tuned")
 def diff(
-    base: Annotated[str, typer.Argument(help="The model before: file, folder, pipeline folder, Hub id.")],
-    tuned: Annotated[str, typer.Argument(help="The model after: the few-step student.")],
-    out: Annotated[Path, typer.Argument(help="The delta: a .safetensors file, or a folder with --shard-size.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The model before: file, folder, pipeline folder, Hub id.")
+    ],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The model after: the few-step student.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The delta: a .safetensors file, or a folder with --shard-size.")
+    ],
     base_where: dict[str, Any],
     tuned_where: dict[str, Any],
     dtype: Annotated[StoredDtype | None, typer.Option(help="Stored as; default: the wider one of the two.")] = None,
@@ -35,17 +37,22 @@ def diff(
         list[int] | None, typer.Option(help="Steps it is good at; repeat for several.")
     ] = None,
     recommended_guidance_scale: Annotated[float | None, typer.Option(help="Guidance to sample with.")] = None,
-    drop_identical: Annotated[bool, typer.Option(help="Leave tensors out that are equal in both.")] = False,
+    drop_identical: Annotated[
+        bool, typer.Option("--drop-identical", help="Leave tensors out that are equal in both.")
+    ] = False,
     round_base: Annotated[
-        bool, typer.Option(help="Round a base of a finer dtype (float32) to that of TUNED (float16) first.")
+        bool,
+        typer.Option("--round-base", help="Round a base of a finer dtype (float32) to that of TUNED (float16) first."),
     ] = False,
     base_ema: BaseEma = False,
-    tuned_ema: Annotated[bool, typer.Option(help="Of TUNED, an original-format checkpoint, the EMA weights.")] = False,
+    tuned_ema: Annotated[
+        bool, typer.Option("--tuned-ema", help="Of TUNED, an original-format checkpoint, the EMA weights.")
+    ] = False,
     shard_size: Annotated[float | None, typer.Option(help="Write shards of at most this many GB.")] = None,
     dry_run: DryRun = False,
     force: Force = False,
 ) -> None:
-    """Make a delta: TUNED minus BASE, tensor by tensor, in little memory.
+    """Make a delta: TUNED minus BASE, tensor by tensor.
 
     What the options say of the training travels in the header, so that loading the delta can set the scheduler.
 
@@ -90,9 +97,13 @@ def diff(
 
 @with_hub_options("base", "delta")
 def merge(
-    base: Annotated[str, typer.Argument(help="The model: file, UNet folder, pipeline folder, Hub id.")],
-    delta: Annotated[str, typer.Argument(help="What is added: a delta or a LoRA, of any form.")],
-    out: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder that UNet2DConditionModel loads.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The model: file, UNet folder, pipeline folder, Hub id.")
+    ],
+    delta: Annotated[str, typer.Argument(metavar="DELTA", help="What is added: a delta or a LoRA, of any form.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A .safetensors file, or a folder that UNet2DConditionModel loads.")
+    ],
     base_where: dict[str, Any],
     delta_where: dict[str, Any],
     scale: Annotated[
@@ -142,10 +153,15 @@ def merge(
 
 @with_hub_options()
 def extract_lora(
-    delta: Source,
-    out: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder that load_lora_weights reads.")],
+    delta: Annotated[str, typer.Argument(metavar="DELTA", help=ANYTHING)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A .safetensors file, or a folder that load_lora_weights reads.")
+    ],
     where: dict[str, Any],
-    rank: Annotated[int | None, typer.Option(min=1, help="The same rank for every layer.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="The same rank for every layer; default: 64, if --energy is not given either."),
+    ] = None,
     energy: Annotated[
         float | None,
         typer.Option(
@@ -158,7 +174,7 @@ def extract_lora(
         float | None, typer.Option(min=0.0, help="alpha of every layer; default: its rank. The change stays the same.")
     ] = None,
     exact: Annotated[
-        bool, typer.Option(help="Full singular value decomposition instead of the randomised one.")
+        bool, typer.Option("--exact", help="Full singular value decomposition instead of the randomised one.")
     ] = False,
     residual: Annotated[
         bool, typer.Option(help="Keep biases and norms, which a LoRA cannot carry, in a small file beside it.")
@@ -168,7 +184,9 @@ def extract_lora(
     dry_run: DryRun = False,
     force: Force = False,
 ) -> None:
-    """Turn a delta into a LoRA that plain diffusers, ComfyUI and others load.
+    """Turn a delta into a LoRA that plain diffusers loads.
+
+    ComfyUI and others load it, too.
 
     Examples:
 
@@ -210,9 +228,10 @@ def extract_lora(
 
 @with_hub_options(without=("revision", "variant", "subfolder"))
 def combine(
-    sources: Annotated[list[str], typer.Argument(help="LoRAs or deltas of any form, two or more.")],
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCES", help="LoRAs or deltas of any form, two or more.")],
     out: Annotated[
-        Path, typer.Argument(help="A .safetensors file, or for LoRAs a folder that load_lora_weights reads.")
+        Path,
+        typer.Argument(metavar="OUT", help="A .safetensors file, or for LoRAs a folder that load_lora_weights reads."),
     ],
     where: dict[str, Any],
     scale: Annotated[
@@ -222,9 +241,10 @@ def combine(
     dry_run: DryRun = False,
     force: Force = False,
 ) -> None:
-    """Write the sum of several LoRAs or deltas, each times its scale, as one file.
+    """Write the sum of several LoRAs or deltas as one file.
 
-    LoRAs become one LoRA, exactly: the ranks of a layer add up. Anything else becomes a delta.
+    Each counts times its scale. LoRAs become one LoRA, exactly: the ranks of a layer add up. Anything else becomes a
+    delta.
 
     Examples:
 
@@ -255,8 +275,8 @@ def combine(
 
 @with_hub_options()
 def convert(
-    source: Source,
-    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help=ANYTHING)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
     to: Annotated[Form, typer.Option(help="A LoRA: diffusers, kohya. A delta: float16, bfloat16, int8, comfy.")],
     where: dict[str, Any],
     unet: Annotated[
@@ -266,7 +286,7 @@ def convert(
     dry_run: DryRun = False,
     force: Force = False,
 ) -> None:
-    """Write a LoRA in another tool's layout, or a delta in a smaller form.
+    """Write a LoRA in another tool's layout, or a smaller delta.
 
     LoRA layouts are converted without loss, both ways. int8 has one scale per output channel; the loader reads it like
     any delta. comfy writes a delta for ComfyUI's stock LoRA loader, exactly (a LoRA for ComfyUI: kohya).

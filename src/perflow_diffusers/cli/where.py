@@ -10,7 +10,6 @@ import typer
 
 Command = Callable[..., None]
 
-_PANEL = "Sources on the Hub"
 # Which files: said for each source of a command.
 _FILES = {
     "revision": "Branch, tag or commit{of}.",
@@ -68,5 +67,5 @@ def _parameters(sources: Sequence[str], without: Sequence[str]) -> dict[str, ins
 
 def _option(name: str, kind: Any, default: Any, text: str) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
-    annotation = Annotated[kind, typer.Option(flag, help=text, rich_help_panel=_PANEL)]
+    annotation = Annotated[kind, typer.Option(flag, help=text)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
