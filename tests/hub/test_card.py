@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 
 import perflow_diffusers as pf
 from perflow_diffusers import hub
-from perflow_diffusers.hub.card import artifact_card
+from perflow_diffusers.hub.card import INSTALL, INSTALL_NOTE, artifact_card, saved_card
 from perflow_diffusers.miniature import miniature_folder
 
 
@@ -74,3 +75,15 @@ def test_texts_of_others_stay_texts(artifact_folder):
     tree = compile(snippet(card), "README.md", "exec")
     assert prompt in tree.co_consts and "<script>" not in str(card).replace(snippet(card), "").split("---")[-1]
     assert card.data["widget"][0]["text"] == prompt
+
+
+def test_every_card_and_the_readme_say_how_to_install(artifact_folder, tmp_path):
+    pipe = pf.load_miniature()
+    pf.load_perflow(pipe, "miniature")
+    pf.export_pipeline(pipe, tmp_path / "plain")
+    pf.export_pipeline(pipe, tmp_path / "code", form="code")
+    written = [(folder / "README.md").read_text() for folder in (artifact_folder, tmp_path / "plain", tmp_path / "code")]
+    for card in (*written, str(saved_card("me/pipeline"))):
+        assert INSTALL_NOTE[1:] in card
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"\n    {INSTALL}\n" in readme.split("## ")[0]

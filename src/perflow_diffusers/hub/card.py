@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from perflow_diffusers.hub.artifact import PeRFlowArtifact
 
 PAPER = "https://arxiv.org/abs/2405.07510"
+# How people get this package, in the README and in every card: there is no release in an index of packages yet.
+INSTALL = "pip install ."
+INSTALL_NOTE = f"Install perflow-diffusers with `{INSTALL}` in a clone of its repository (Python 3.11 or newer)."
 _PROMPT = "a photo of a cat in the snow"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -36,6 +39,8 @@ def artifact_card(
         "",
         *_pictures(samples),
         "## Use",
+        "",
+        INSTALL_NOTE,
         "",
         "```python",
         *_pipeline(artifact.base_model),
@@ -71,9 +76,11 @@ def saved_card(source: str) -> ModelCard:
         f"# {_title(source)}",
         "",
         f"A diffusers pipeline for few steps: a piecewise rectified flow ([PeRFlow]({PAPER})) is in its weights. Its "
-        "scheduler comes with [perflow-diffusers](https://pypi.org/project/perflow-diffusers).",
+        "scheduler comes with perflow-diffusers.",
         "",
         "## Use",
+        "",
+        INSTALL_NOTE,
         "",
         "```python",
         "import torch",

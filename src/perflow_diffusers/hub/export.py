@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from perflow_diffusers.hub.adapters import attach, detach, drop_empty_wrappers, other_adapters
 from perflow_diffusers.hub.bundle import MODULE, scheduler_source
-from perflow_diffusers.hub.card import PAPER, loading
+from perflow_diffusers.hub.card import INSTALL_NOTE, PAPER, loading
 from perflow_diffusers.hub.documents import read_json, write_json
 from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.find import CARD
@@ -181,8 +181,7 @@ def _replace(temporary: Path, target: Path) -> None:
 
 
 _PLAIN_NOTE = """Loaded like this, the pipeline samples with a stock DDIM scheduler, not with the one that its weights
-were trained for. {difference} With [perflow-diffusers](https://pypi.org/project/perflow-diffusers) the right one is
-set in one line:
+were trained for. {difference} With perflow-diffusers the right one is set in one line. {install}
 
 ```python
 import perflow_diffusers as pf
@@ -243,11 +242,12 @@ def _card(pipe: Any, form: str, name: str, base: Any, artifact: Any, licence: st
     if form == "code":
         note = (
             f"The scheduler's code is in this repository (`scheduler/{MODULE}.py`); `trust_remote_code=True` allows "
-            "diffusers to run it. Read it first: it needs nothing but torch, numpy and diffusers.\n"
+            "diffusers to run it. Read it first: it needs nothing but torch, numpy and diffusers.\n\n"
+            f"To make such a pipeline: {INSTALL_NOTE[0].lower()}{INSTALL_NOTE[1:]}\n"
         )
     else:
         kind = _DIFFERENCE[pipe.scheduler.config.perflow_type].format(k=pipe.scheduler.windows.num_windows)
-        note = _PLAIN_NOTE.format(difference=kind)
+        note = _PLAIN_NOTE.format(difference=kind, install=INSTALL_NOTE)
     text = f"""# {name}
 
 A pipeline for pictures in {steps} steps: a piecewise rectified flow ([PeRFlow]({PAPER})) is in its weights.

@@ -100,7 +100,7 @@ def checked(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     if version > FORMAT_VERSION:
         raise ArtifactError(
             f"{where} has format version {version}; this version of perflow-diffusers reads up to {FORMAT_VERSION}. "
-            "Upgrade it: pip install --upgrade perflow-diffusers."
+            "Install a newer one."
         )
     fields: dict[str, Any] = {}
     for key, (test, expected) in _RULES.items():
