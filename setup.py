@@ -31,6 +31,4 @@ if __name__ == "__main__":
     config.read(here / "setup.cfg", "utf-8")
     urls = dict(line.split(" = ", 1) for line in config["metadata"]["project_urls"].split("\n") if line)
     readme = (here / "README.md").read_text("utf-8")
-    setup(
-        long_description=standalone(readme, urls.get("Source")), long_description_content_type="text/markdown"
-    )
+    setup(long_description=standalone(readme, urls.get("Source")), long_description_content_type="text/markdown")

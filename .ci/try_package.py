@@ -34,7 +34,7 @@ def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> s
 
 
 def build(work: Path) -> tuple[Path, Path]:
-    """(sdist, wheel): the sdist from a copy of what git knows, so that nothing else gets in; the wheel from the sdist."""
+    """(sdist, wheel): the sdist from a copy of what git knows, and from nothing else; the wheel from the sdist."""
     copy = work / "copy"
     for name in tracked():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
