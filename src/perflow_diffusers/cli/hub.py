@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from perflow_diffusers.cli.terminal import failing
+from perflow_diffusers.cli.terminal import check_out, failing, replacing
 from perflow_diffusers.cli.where import with_hub_options
 
 
@@ -97,7 +97,7 @@ def pull(
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the copy goes.")],
     where: dict[str, Any],
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder that is there, as a whole.")] = False,
 ) -> None:
     """Copy an artefact from the Hub into a folder.
 
@@ -110,5 +110,8 @@ def pull(
     from perflow_diffusers.hub import pull as pull_artifact
 
     with failing("pull"):
-        artifact = pull_artifact(repo_id, folder, overwrite=force, **where)
+        if force:
+            check_out(folder, force, file=False, folder=True)
+        with replacing(folder, dry_run=not force) as (place, _):
+            artifact = pull_artifact(repo_id, place, overwrite=force, **where)
         typer.echo(f"{artifact.name}: {artifact.prediction_type}, {artifact.num_time_windows} windows: {folder}")

@@ -1,6 +1,8 @@
 """What the commands share at the terminal: errors as sentences, progress bars, and care for files that exist."""
 
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,11 +52,74 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield progress
 
 
-def check_out(out: Path, force: bool) -> None:
-    """Refuse (ValueError) an output that exists, without --force, or whose folder does not."""
+def check_out(out: Path, force: bool, *, file: bool = True, folder: bool = False) -> None:
+    """Refuse (ValueError) an output of another kind than the command writes, one that cannot be written, and one that
+    exists, without --force or where --force would delete more than weights."""
+    from perflow_diffusers.weights.writer import check_file_name, check_folder_name
+
+    if folder and out.suffix != ".safetensors":
+        check_folder_name(out)
+        if out.is_file():
+            raise ValueError(f"{out} is a file, and a folder is to be written. Choose another name.")
+    elif file:
+        if out.is_dir():
+            raise ValueError(f"{out} is a folder, and a file is to be written. Choose another name.")
+        check_file_name(out)
+    else:
+        raise ValueError(f"{out} is to be a folder. Choose a name without .safetensors.")
+    check_free(out, force)
+    if out.is_dir():
+        foreign = sorted(entry.name for entry in out.iterdir() if not _replaceable(entry))
+        if foreign:
+            raise ValueError(
+                f"{out} holds {', '.join(foreign[:5])}{', ...' if len(foreign) > 5 else ''}, which --force does not "
+                "delete: it replaces folders of weights alone. Choose another place, or delete the folder yourself."
+            )
+
+
+def check_free(out: Path, force: bool) -> None:
+    """Refuse (ValueError) an output that exists, without --force, or whose folder is not there to be written to."""
     if out.exists() and not force and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists already. Choose another name, or pass --force to replace it.")
     if not out.parent.is_dir():
         raise ValueError(f"The folder {out.parent} does not exist. Create it first.")
     if not os.access(out.parent, os.W_OK):
         raise ValueError(f"The folder {out.parent} cannot be written to. Choose another place.")
+
+
+def _replaceable(entry: Path) -> bool:
+    """Whether it may be in a folder that a command wrote, or one that diffusers or the Hub filled with weights."""
+    if entry.is_dir():
+        return entry.name in ("scheduler", "images") and all(_replaceable(inner) for inner in entry.iterdir())
+    return entry.suffix in (".safetensors", ".json", ".bin", ".md", ".png", ".jpg", ".jpeg", ".webp") or (
+        entry.name == ".gitattributes"
+    )
+
+
+@contextmanager
+def replacing(out: Path, dry_run: bool = False) -> Iterator[tuple[Path, Callable[[object], str]]]:
+    """Where a command writes what will be at `out`, and how what it says is told with the name of `out`.
+
+    That is `out` itself, unless a folder with something in it is there: then a place beside it, which takes the place
+    of the whole folder at the end, or is gone if anything fails.
+    """
+    if dry_run or not out.is_dir() or not any(out.iterdir()):
+        yield out, str
+        return
+    home = out.resolve()
+    staging = Path(tempfile.mkdtemp(prefix=".perflow-", suffix=".tmp", dir=home.parent))
+    new, old = staging / home.name, staging / "old"
+
+    def told(text: object) -> str:
+        return str(text).replace(str(new), str(out))
+
+    try:
+        yield new, told
+        os.replace(home, old)
+        os.replace(new, home)
+    except (ValueError, OSError) as error:
+        raise ValueError(told(error)) from error
+    finally:
+        if old.exists() and not home.exists():
+            os.replace(old, home)
+        shutil.rmtree(staging, ignore_errors=True)

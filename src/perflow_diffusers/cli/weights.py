@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from perflow_diffusers.cli.terminal import check_out, failing, progress_bar
+from perflow_diffusers.cli.terminal import check_free, check_out, failing, progress_bar, replacing
 from perflow_diffusers.cli.where import with_hub_options
 
 ANYTHING = "A .safetensors file, a model or pipeline folder, a short name or a Hub id."
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at OUT.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at OUT, a folder as a whole.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")]
 
 StoredDtype = Literal["float16", "bfloat16", "float32"]
@@ -73,17 +73,19 @@ def diff(
         "recommended_guidance_scale": recommended_guidance_scale,
     }
     with failing("diff"):
-        check_out(out, force)
+        if shard_size is None and out.suffix == "":
+            raise ValueError(f"{out} has no ending: a delta is one .safetensors file, or a folder with --shard-size.")
+        check_out(out, force, file=shard_size is None, folder=shard_size is not None)
         first = open_weights(base, extract_ema=base_ema, **base_where)
         second = open_weights(tuned, extract_ema=tuned_ema, **tuned_where)
         if dry_run:
             typer.echo(f"{check_delta(first, second, round_base=round_base)}\nDry run: {out} was not written.")
             return
-        with progress_bar("diff") as progress:
+        with progress_bar("diff") as progress, replacing(out) as (place, told):
             delta = compute_delta(
                 first,
                 second,
-                out,
+                place,
                 dtype=getattr(torch, dtype) if dtype else None,
                 metadata={key: value for key, value in metadata.items() if value is not None},
                 drop_identical=drop_identical,
@@ -92,7 +94,7 @@ def diff(
                 overwrite=force,
                 progress=progress,
             )
-        typer.echo(str(delta))
+        typer.echo(told(delta))
 
 
 @with_hub_options("base", "delta")
@@ -134,19 +136,20 @@ def merge(
     from perflow_diffusers.weights import merge_files, open_weights
     from perflow_diffusers.weights.scales import parse_scale
 
-    with failing("merge"), progress_bar("merge") as progress:
-        check_out(out, force)
-        report = merge_files(
-            open_weights(base, extract_ema=base_ema, **base_where),
-            open_weights(delta, **delta_where),
-            out,
-            scale=parse_scale(scale),
-            conv_in=conv_in,
-            overwrite=force,
-            dry_run=dry_run,
-            progress=progress,
-        )
-    typer.echo(str(report))
+    with failing("merge"):
+        check_out(out, force, folder=True)
+        with progress_bar("merge") as progress, replacing(out, dry_run) as (place, told):
+            report = merge_files(
+                open_weights(base, extract_ema=base_ema, **base_where),
+                open_weights(delta, **delta_where),
+                place,
+                scale=parse_scale(scale),
+                conv_in=conv_in,
+                overwrite=force,
+                dry_run=dry_run,
+                progress=progress,
+            )
+    typer.echo(told(report))
     if dry_run:
         typer.echo(f"Dry run: {out} was not written.")
 
@@ -200,18 +203,18 @@ def extract_lora(
     from perflow_diffusers.weights.writer import write_text
 
     with failing("extract-lora"):
-        check_out(out, force)
+        check_out(out, force, folder=True)
         if report is not None:
-            check_out(report, force)
+            check_free(report, force)
         source = open_weights(delta, **where)
         if dry_run:
             said = check_extract(source, rank=rank, energy=energy, alpha=alpha)
             typer.echo(f"{said}\nDry run: {out} was not written.")
             return
-        with progress_bar("extract-lora") as progress:
+        with progress_bar("extract-lora") as progress, replacing(out) as (place, told):
             result = extract_lora(
                 source,
-                out,
+                place,
                 rank=rank,
                 energy=energy,
                 alpha=alpha,
@@ -222,8 +225,8 @@ def extract_lora(
                 progress=progress,
             )
         if report is not None:
-            write_text(report, json.dumps(result.to_dict(), indent=2), overwrite=force)
-        typer.echo(str(result))
+            write_text(report, told(json.dumps(result.to_dict(), indent=2)), overwrite=force)
+        typer.echo(told(result))
 
 
 @with_hub_options(without=("revision", "variant", "subfolder"))
@@ -257,18 +260,19 @@ def combine(
     from perflow_diffusers.weights import combine as combine_weights
     from perflow_diffusers.weights import open_weights
 
-    with failing("combine"), progress_bar("combine") as progress:
-        check_out(out, force)
-        report = combine_weights(
-            [open_weights(source, **where) for source in sources],
-            out,
-            scale,
-            dtype=getattr(torch, dtype) if dtype else None,
-            overwrite=force,
-            dry_run=dry_run,
-            progress=progress,
-        )
-    typer.echo(str(report))
+    with failing("combine"):
+        check_out(out, force, folder=True)
+        with progress_bar("combine") as progress, replacing(out, dry_run) as (place, told):
+            report = combine_weights(
+                [open_weights(source, **where) for source in sources],
+                place,
+                scale,
+                dtype=getattr(torch, dtype) if dtype else None,
+                overwrite=force,
+                dry_run=dry_run,
+                progress=progress,
+            )
+    typer.echo(told(report))
     if dry_run:
         typer.echo(f"Dry run: {out} was not written.")
 

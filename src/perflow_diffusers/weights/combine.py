@@ -22,7 +22,14 @@ from perflow_diffusers.weights.lora_layers import ADAPTER_METADATA, warn_of_bund
 from perflow_diffusers.weights.scales import strength_of
 from perflow_diffusers.weights.shown import LongDict, shorten, shown
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
-from perflow_diffusers.weights.writer import File, Spec, check_target, write_safetensors, write_together
+from perflow_diffusers.weights.writer import (
+    File,
+    Spec,
+    check_file_name,
+    check_target,
+    write_safetensors,
+    write_together,
+)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OF_TRAINING = ("ss_", "modelspec.")  # facts of one LoRA, true of several only if they share them
@@ -107,7 +114,7 @@ def combine(
         files = _lora_files(path, rest_path, joined, rest, header, progress)
         form, ranks = "lora", dict(sorted(Counter(joined.ranks).items()))
     else:
-        path = Path(out)
+        path = check_file_name(Path(out))
         check_target(path, 0, overwrite=overwrite)
         total = _sum(_as_deltas(opened), factors, dtype)
         dtypes = ",".join(sorted({dtype_name(kind) for _, kind in total.specs.values()}))
@@ -119,7 +126,7 @@ def combine(
     report = CombineReport(path, residual_path, form, names, factors, len(sizes), sum(sizes), ranks, disagreed)
     if not dry_run:
         if form == "lora":
-            write_together(files, overwrite=overwrite)
+            write_together(files, overwrite=overwrite, former=(rest_path,))
         else:
             write_safetensors(path, files[0].specs, files[0].tensors, files[0].metadata, overwrite=overwrite)
     return report

@@ -27,7 +27,7 @@ from perflow_diffusers.weights.lora_layers import (
 )
 from perflow_diffusers.weights.original_names import SDXL, Blocks, blocks_of_layers, blocks_of_model, uniform
 from perflow_diffusers.weights.source import WeightSource, check_detached, open_weights
-from perflow_diffusers.weights.writer import File, Spec, check_target, write_together
+from perflow_diffusers.weights.writer import File, Spec, check_file_name, check_target, write_together
 
 Layout = Literal["diffusers", "kohya"]
 
@@ -58,7 +58,7 @@ def convert_lora(
     """
     given, tensors, header = _converted(source, layout, unet)
     warn_of_bundled(given)
-    target = Path(out)
+    target = check_file_name(Path(out))
     check_target(target, given.nbytes, overwrite=overwrite)
     residual = _residual_file(given, target, header)
     specs: dict[str, Spec] = {name: spec for name, (spec, _) in tensors.items()}
@@ -67,7 +67,9 @@ def convert_lora(
         for name, (_, read) in tensors.items():
             yield name, read()
 
-    write_together([*residual, File(target, specs, stream(), header)], overwrite=overwrite)
+    files = [*residual, File(target, specs, stream(), header)]
+    former = () if RESIDUAL in header else (target.with_suffix(RESIDUAL_SUFFIX),)
+    write_together(files, overwrite=overwrite, former=former)
     return target
 
 

@@ -20,7 +20,15 @@ from perflow_diffusers.weights.lora_names import KOHYA_PREFIXES, spelled
 from perflow_diffusers.weights.lora_report import LayerReport, LoraReport
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
 from perflow_diffusers.weights.svd import Effort, Wanted, balanced, low_rank, rounding_loss, squared_norm
-from perflow_diffusers.weights.writer import File, Spec, check_target, make_folder, specs_of, write_together
+from perflow_diffusers.weights.writer import (
+    File,
+    Spec,
+    check_folder_name,
+    check_target,
+    make_folder,
+    specs_of,
+    write_together,
+)
 
 LORA_FORMAT = "lora-1"
 RESIDUAL_FORMAT = "delta-residual-1"
@@ -196,6 +204,7 @@ def lora_targets(out: str | os.PathLike, residual: bool, overwrite: bool, *, mak
     if path.suffix != ".safetensors":
         if path.is_file():
             raise DeltaError(f"{path} is a file. Pass a folder, or a name that ends in .safetensors.")
+        check_folder_name(path)
         if make:
             make_folder(path)
         path = path / LORA_NAME
@@ -365,7 +374,8 @@ def _write(
         stream = ((name, weights[names[name]]) for name in rest)
         files.append(File(rest_path, rest, stream, rest_header))
         header[RESIDUAL] = rest_path.name
-    write_together([*files, File(path, specs_of(tensors), tensors.items(), header)], overwrite=overwrite)
+    files.append(File(path, specs_of(tensors), tensors.items(), header))
+    write_together(files, overwrite=overwrite, former=(rest_path,))
 
 
 def _place(name: str) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from perflow_diffusers.weights.unet_config import config_beside
 from perflow_diffusers.weights.writer import (
     INDEX_NAME,
     Spec,
+    check_folder_name,
     check_target,
     drop_shards,
     make_folder,
@@ -82,6 +83,8 @@ def merge_files(
     layer = Layer(0, plan, strength)
     check_sums([layer], {}, weights, plan.edit_of)
     target = Path(out)
+    if target.suffix != ".safetensors":
+        check_folder_name(target)
     config = None if target.suffix == ".safetensors" else config_beside(model, weights)
     file = target if config is None else target / WEIGHTS_NAME
     specs: dict[str, Spec] = {name: (tuple(weight.shape), weight.dtype) for name, weight in weights.items()}

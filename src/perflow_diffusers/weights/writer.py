@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -37,6 +38,7 @@ class File:
 
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
 
+_ENDING = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,15}")  # of a file: not the .5 of "model-v1.5"
 _SPARE = 4096  # bytes kept free in the header for metadata that is known only at the end
 
 
@@ -63,7 +65,7 @@ def write_safetensors(
     Raises `WeightWriteError` (an OSError and a ValueError) if the folder is missing or read-only, the disk is too
     small, or the file exists and `overwrite` is False; ValueError if `tensors` and `specs` disagree.
     """
-    target = Path(path)
+    target = check_file_name(Path(path))
     give_metadata = metadata if callable(metadata) else lambda: metadata or {}
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in specs.items()}
     offsets = _offsets(specs, sizes)
@@ -83,8 +85,10 @@ def write_safetensors(
     return target
 
 
-def write_together(files: Sequence[File], *, overwrite: bool = False) -> None:
+def write_together(files: Sequence[File], *, overwrite: bool = False, former: Sequence[Path] = ()) -> None:
     """Write safetensors files of one folder that belong together: all appear, or none, and old ones stay intact.
+
+    `former`: of an older set that `overwrite` replaces; those that the new set lacks are deleted at the end.
 
     Errors as in `write_safetensors`.
     """
@@ -97,6 +101,9 @@ def write_together(files: Sequence[File], *, overwrite: bool = False) -> None:
             write_safetensors(staging / file.path.name, file.specs, file.tensors, file.metadata)
         for file in files:
             os.replace(staging / file.path.name, file.path)
+        for old in former if overwrite else ():
+            if old not in [file.path for file in files]:
+                old.unlink(missing_ok=True)
         _sync_folder(folder)
 
 
@@ -116,7 +123,7 @@ def write_folder(
     if anything fails, an older set in the folder is intact; if not, it is replaced whole. Errors as in
     `write_safetensors`.
     """
-    folder = make_folder(Path(folder))
+    folder = make_folder(check_folder_name(Path(folder)))
     shards = _shards(specs, max_shard_size)
     names = [
         f"diffusion_pytorch_model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))
@@ -172,6 +179,26 @@ def drop_shards(folder: Path) -> None:
     (folder / INDEX_NAME).unlink(missing_ok=True)
     for shard in shards:
         (folder / shard).unlink(missing_ok=True)
+
+
+def check_file_name(target: Path) -> Path:
+    """The name itself; raises `WeightWriteError` for a file of weights that no loader would take."""
+    if target.suffix != ".safetensors" and not target.is_dir():  # a folder is told of by `check_target`
+        raise WeightWriteError(
+            f"{target} does not end in .safetensors, the one kind of file that weights are written to. Pass "
+            f"{target.with_name(f'{target.stem or target.name}.safetensors')}, for example."
+        )
+    return target
+
+
+def check_folder_name(target: Path) -> Path:
+    """The name itself; raises `WeightWriteError` for a new folder whose name looks like that of a file."""
+    if _ENDING.fullmatch(target.suffix) and not target.is_dir():
+        raise WeightWriteError(
+            f"{target} would be a folder of weights, but it ends like a file. Pass a name without {target.suffix}"
+            + (", or with .safetensors." if target.suffix != ".safetensors" else ".")
+        )
+    return target
 
 
 def check_target(target: Path, nbytes: int, *, overwrite: bool) -> None:
@@ -269,7 +296,7 @@ def _render(
     wrong = [key for key, value in metadata.items() if not (isinstance(key, str) and isinstance(value, str))]
     if wrong:
         raise ValueError(f"Header metadata must be strings, but {wrong[0]!r} is not. Use str() or json.dumps().")
-    content: dict = {"__metadata__": dict(metadata)} if metadata else {}
+    content: dict = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     for name, (start, end) in offsets.items():
         shape, dtype = specs[name]
         content[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [start, end]}
