@@ -204,7 +204,7 @@ def test_targets_that_cannot_be_written(pair, tmp_path, monkeypatch):
     with pytest.raises(WeightWriteError, match="There is no folder"):
         compute_delta(*pair, tmp_path / "no" / "delta.safetensors")
     with pytest.raises(WeightWriteError, match="could not be written"):
-        compute_delta(*pair, tmp_path / ("x" * 300))
+        compute_delta(*pair, tmp_path / ("x" * 300 + ".safetensors"))
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(WeightWriteError, match="10 left"):
         compute_delta(*pair, tmp_path / "new.safetensors")

@@ -183,7 +183,7 @@ def drop_shards(folder: Path) -> None:
 
 def check_file_name(target: Path) -> Path:
     """The name itself; raises `WeightWriteError` for a file of weights that no loader would take."""
-    if target.suffix != ".safetensors" and not target.is_dir():  # a folder is told of by `check_target`
+    if target.suffix != ".safetensors" and not os.path.isdir(target):  # a folder is told of by `check_target`
         raise WeightWriteError(
             f"{target} does not end in .safetensors, the one kind of file that weights are written to. Pass "
             f"{target.with_name(f'{target.stem or target.name}.safetensors')}, for example."
@@ -193,7 +193,7 @@ def check_file_name(target: Path) -> Path:
 
 def check_folder_name(target: Path) -> Path:
     """The name itself; raises `WeightWriteError` for a new folder whose name looks like that of a file."""
-    if _ENDING.fullmatch(target.suffix) and not target.is_dir():
+    if _ENDING.fullmatch(target.suffix) and not os.path.isdir(target):
         raise WeightWriteError(
             f"{target} would be a folder of weights, but it ends like a file. Pass a name without {target.suffix}"
             + (", or with .safetensors." if target.suffix != ".safetensors" else ".")
