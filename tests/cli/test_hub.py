@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -144,8 +145,56 @@ def test_without_a_network_info_tells_what_is_known_and_does_not_wait(through_th
     assert "Retrying" not in printed and "Traceback" not in printed
 
 
-def test_a_dry_run_lists_what_would_be_pushed(artifact, perflow):
+@pytest.fixture
+def nobody_logged_in(monkeypatch, tmp_path):
+    """No token, and a Hub that nobody can reach."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def test_a_dry_run_lists_what_would_be_pushed(artifact, perflow, nobody_logged_in):
     result = perflow("push", artifact, "me/cli", "--dry-run")
-    assert result.exit_code == 0
-    listed = result.output.split("Dry run")[0].split()
-    assert set(listed) == {"README.md", "perflow.json", "perflow.safetensors", "scheduler/scheduler_config.json"}
+    assert result.exit_code == 0, result.output
+    first, *listed = result.output.split("Dry run")[0].split("perflow push: note")[0].splitlines()
+    assert first == f"{artifact} as me/cli, licence apache-2.0:"
+    sizes = {name: int(size.replace(",", "")) for name, size, _ in map(str.split, listed)}
+    assert set(sizes) == {"README.md", "perflow.json", "perflow.safetensors", "scheduler/scheduler_config.json"}
+    assert all(size == (artifact / name).stat().st_size for name, size in sizes.items() if name != "README.md")
+    assert "nobody is logged in" in result.output
+    assert "licence mit:" in perflow("push", artifact, "me/cli", "--dry-run", "--license", "mit").output
+
+
+@pytest.mark.parametrize("more", [("--dry-run",), ()])
+def test_a_dry_run_checks_what_the_push_checks(artifact, perflow, tmp_path, nobody_logged_in, more):
+    from dataclasses import replace
+
+    unlicensed, damaged = tmp_path / "unlicensed", tmp_path / "damaged"
+    whole = replace(PeRFlowArtifact.from_header(DELTA), base_model="someone/base", licence=None)
+    whole.save(unlicensed, base=load_miniature())
+    shutil.copytree(artifact, damaged)
+    (damaged / "README.md").unlink()
+    for folder, repo_id, said in (
+        (unlicensed, "me/cli", "names no licence"),
+        (artifact, "me/cli/more", "is no name of a repository"),
+        (artifact, "me/bad name", "is no name of a repository"),
+        (damaged, "me/cli", "lacks README.md"),
+        (tmp_path / "nothing", "me/cli", "There is no folder"),
+    ):
+        result = perflow("push", folder, repo_id, *more)
+        assert result.exit_code == 2 and said in " ".join(result.output.split()), result.output
+    result = perflow("push", artifact, "me/cli")
+    assert result.exit_code == 2 and "nobody is logged in" in result.output
+
+
+def test_what_training_wrote_is_found_by_its_folder(artifact, perflow, tmp_path):
+    product = tmp_path / "product"
+    shutil.copytree(artifact, product / "artifact")
+    shutil.copy(DELTA, product / "perflow.safetensors")
+    result = perflow("push", product, "me/cli", "--dry-run")
+    assert result.exit_code == 0 and f"{product / 'artifact'} as me/cli" in result.output
+    inner, outer = (json.loads(perflow("info", place, "--json").output) for place in (artifact, product))
+    assert outer["settings"] == inner["settings"] and outer["sizes"] == inner["sizes"]
+    assert PeRFlowArtifact.from_folder(product).folder == product / "artifact"

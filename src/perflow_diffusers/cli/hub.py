@@ -45,7 +45,11 @@ def info(
 
 def push(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="An artefact: what PeRFlowArtifact.save or a training run wrote.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="An artefact: what PeRFlowArtifact.save or a training run wrote (of its folder, artifact/).",
+        ),
     ],
     repo_id: Annotated[
         str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub; created if it does not exist.")
@@ -59,7 +63,7 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     commit_message: Annotated[str | None, typer.Option(help="What the commit says.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the folder and list what would be pushed.")
+        bool, typer.Option("--dry-run", help="Check all that can be checked and list what would be pushed.")
     ] = False,
 ) -> None:
     """Publish an artefact on the Hub, in one commit.
@@ -73,11 +77,14 @@ def push(
         perflow push perflow-sd15 someone/perflow-sd15 --create-pr --commit-message "Better eight steps"
     """
     from perflow_diffusers.hub import push_perflow
-    from perflow_diffusers.hub.push import files_to_push
+    from perflow_diffusers.hub.push import NO_TOKEN, plan_push
 
     with failing("push"):
         if dry_run:
-            typer.echo("\n".join(files_to_push(folder)))
+            plan = plan_push(folder, repo_id, licence=licence)
+            typer.echo(str(plan))
+            if not plan.has_token:
+                typer.echo(f"perflow push: note: {NO_TOKEN}", err=True)
             typer.echo(f"Dry run: nothing was pushed to {repo_id}.")
             return
         url = push_perflow(

@@ -110,6 +110,7 @@ def _bare(source: WeightSource, wanted: str, entry: Published | None = None) -> 
 
 def from_folder(folder: Path, wanted: str = "auto", variant: str | None = None) -> Found:
     """Settings and weights of a local folder. Raises `ArtifactError` if they are missing or contradict each other."""
+    folder = artifact_in(folder)
     names = [name for name in (SETTINGS, SCHEDULER) if (folder / name).is_file()]
     if (folder / INDEX).is_file() and SETTINGS not in names:
         raise ArtifactError(_PIPELINE.format(folder))
@@ -128,6 +129,13 @@ def from_folder(folder: Path, wanted: str = "auto", variant: str | None = None) 
         return replace(found, fields=_agreed(said, dict(found.fields), str(folder)))
     chosen = choose({form: str(path) for form, path in present.items()}, wanted, str(folder))
     return _with_headers(str(folder), said, {form: present[form] for form in chosen}, folder)
+
+
+def artifact_in(folder: Path) -> Path:
+    """The folder itself, or the one in which training puts the artefact of what it wrote there."""
+    inner = folder / "artifact"
+    itself = any((folder / name).is_file() for name in (SETTINGS, INDEX))
+    return inner if not itself and (inner / SETTINGS).is_file() else folder
 
 
 def choose(available: Mapping[str, str], wanted: str, where: str) -> list[str]:

@@ -2,20 +2,24 @@
 
 import os
 import re
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
 import huggingface_hub as hub
+from huggingface_hub.utils import validate_repo_id
 
 from perflow_diffusers.hub.bundle import MODULE
 from perflow_diffusers.hub.card import read_card, saved_card
 from perflow_diffusers.hub.documents import read_json
 from perflow_diffusers.hub.errors import ArtifactError, PushError
 from perflow_diffusers.hub.fetch import options
-from perflow_diffusers.hub.find import CARD, SETTINGS, from_folder
-from perflow_diffusers.weights.repository import explained
+from perflow_diffusers.hub.find import CARD, SETTINGS, artifact_in, from_folder
+from perflow_diffusers.weights.repository import PATIENCE, explained
 from perflow_diffusers.weights.where import Where
 
+#: Said where a push would fail for want of a token.
+NO_TOKEN = "nobody is logged in here. Run `hf auth login` with a token that may write, or set HF_TOKEN."
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # What a saved pipeline consists of; nothing else that lies in its folder is uploaded.
 _PIPELINE_FILES = (".json", ".txt", ".model", ".safetensors", ".md", *_PICTURES)
@@ -38,23 +42,24 @@ def push_perflow(
 ) -> str:
     """Create the repository if it does not exist and upload an artefact's folder, or a pipeline's.
 
-    A pipeline is what `export_pipeline` wrote, or `save_pretrained`; the latter gets a card if it has none.
+    Of what training wrote, the folder `artifact` in it is taken. A pipeline is what `export_pipeline` wrote, or
+    `save_pretrained`; the latter gets a card if it has none.
 
     One commit, on `revision` (a branch; created if missing) or as a pull request. Only files that belong to it are
     uploaded. The card's snippet is made to load `repo_id`, and the licence is filled in: `licence`,
     what the artefact says, or the base model's own. Returns the address of the commit or pull request.
 
-    Raises `PushError` (a ValueError) for a folder that is not publishable, a missing licence, or if the Hub refuses.
+    Raises `PushError` (a ValueError) for what `plan_push` refuses, if nobody is logged in, or if the Hub refuses.
     The token goes to huggingface_hub only.
     """
-    options({"token": token})
-    path = Path(folder).expanduser()
-    files = files_to_push(path)
+    plan = plan_push(folder, repo_id, licence=licence, token=token)
+    if not plan.has_token:
+        raise PushError(f"'{repo_id}' was not published: {NO_TOKEN}")
     api = hub.HfApi(token=token, library_name="perflow-diffusers")
-    card = _card(path, repo_id, licence, api)
-    message = commit_message or f"Upload {path.resolve().name} with perflow-diffusers"
+    message = commit_message or f"Upload {plan.folder.resolve().name} with perflow-diffusers"
     operations = [
-        hub.CommitOperationAdd(name, str(card).encode() if name == CARD else str(path / name)) for name in files
+        hub.CommitOperationAdd(name, str(plan.card).encode() if name == CARD else str(plan.folder / name))
+        for name in plan.files
     ]
     try:
         name = api.create_repo(repo_id, private=private, exist_ok=exist_ok).repo_id
@@ -66,12 +71,52 @@ def push_perflow(
     return str(done.pr_url or done.commit_url)
 
 
-def files_to_push(folder: str | os.PathLike) -> list[str]:
-    """Names of the files of an artefact or exported pipeline that `push_perflow` uploads.
+@dataclass(frozen=True)
+class PushPlan:
+    """What `push_perflow` would upload: `files` of `folder`, and the `card` as it would be there."""
 
-    Raises `PushError` (a ValueError) for a folder that is not publishable.
+    folder: Path
+    repo_id: str
+    files: tuple[str, ...]
+    card: hub.ModelCard = field(repr=False)
+    has_token: bool
+
+    @property
+    def licence(self) -> str:
+        """The licence that the card names."""
+        return str(self.card.data.to_dict()["license"])
+
+    def __str__(self) -> str:
+        sizes = {name: (self.folder / name).stat().st_size for name in self.files if name != CARD}
+        sizes[CARD] = len(str(self.card).encode())
+        width = max(map(len, sizes))
+        lines = [f"  {name:{width}}  {size:>15,} bytes" for name, size in sorted(sizes.items())]
+        return "\n".join([f"{self.folder} as {self.repo_id}, licence {self.licence}:", *lines])
+
+
+def plan_push(
+    folder: str | os.PathLike, repo_id: str, *, licence: str | None = None, token: str | bool | None = None
+) -> PushPlan:
+    """All that `push_perflow` checks before it uploads anything. The Hub is asked for the base's licence alone, and
+    only if nothing else names one.
+
+    Raises `PushError` (a ValueError) for a folder that is not publishable, a repository's name that cannot be one, or
+    a missing licence.
     """
-    folder = Path(folder).expanduser()
+    options({"token": token})
+    path = artifact_in(Path(folder).expanduser())
+    try:
+        validate_repo_id(repo_id)
+    except hub.errors.HFValidationError as error:
+        raise PushError(f"{repo_id!r} is no name of a repository ({error}). Expected 'owner/name'.") from None
+    files = _files(path)
+    card = _card(path, repo_id, licence, hub.HfApi(token=token, library_name="perflow-diffusers"))
+    known = bool(token) if token is False or isinstance(token, str) else hub.get_token() is not None
+    return PushPlan(path, repo_id, tuple(files), card, known)
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of the files of an artefact or exported pipeline that belong to it."""
     if not folder.is_dir():
         raise PushError(f"There is no folder {folder}. Save an artefact first: `artifact.save(folder)`.")
     if (folder / "model_index.json").is_file():
@@ -121,11 +166,11 @@ def _card(folder: Path, repo_id: str, licence: str | None, api: hub.HfApi) -> hu
     except ArtifactError as error:
         raise PushError(str(error)) from None
     said = card.data.to_dict()
-    given = licence or said.get("license") or _base_licence(said.get("base_model"), api)
+    given = (licence or "").strip() or said.get("license") or _base_licence(said.get("base_model"), api)
     if not given:
         raise PushError(
-            f"The card of {folder} names no licence, and its base's is not known. Pass licence='...' (the base's own, "
-            "e.g. 'creativeml-openrail-m'; weights made from 'cc-by-nc-4.0' ones stay so)."
+            f"The card of {folder} names no licence, and its base's is not known. Pass licence='...', at the terminal "
+            "--licence (the base's own, e.g. creativeml-openrail-m; weights made from cc-by-nc-4.0 ones stay so)."
         )
     card.data["license"] = given
     return card
@@ -136,7 +181,7 @@ def _base_licence(base: Any, api: hub.HfApi) -> str | None:
     if not isinstance(base, str) or "/" not in base:
         return None
     try:
-        data = api.model_info(base).card_data
+        data = api.model_info(base, timeout=PATIENCE).card_data
     except Exception:  # offline, gated, gone: then the user has to say it
         return None
     found = data.get("license") if data is not None else None

@@ -13,7 +13,8 @@ from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.where import Where
 
 _MAX_FILES = 10_000
-_PATIENCE = 10.0  # seconds
+#: Seconds that an answer may take to come.
+PATIENCE = 10.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -54,7 +55,7 @@ def check_reachable(repo_id: str, where: Where) -> None:
     if where.local_files_only:
         raise Unreachable(f"The Hub was not asked for '{repo_id}' (local_files_only=True).")
     try:
-        hub.HfApi(token=where.token).model_info(repo_id, revision=where.revision, timeout=_PATIENCE)
+        hub.HfApi(token=where.token).model_info(repo_id, revision=where.revision, timeout=PATIENCE)
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is None or status in (401, 403, 404):
