@@ -4,6 +4,8 @@ python training/export_perflow.py runs/miniature/perflow                       #
 python training/export_perflow.py runs/miniature/perflow/checkpoint-2000 --out exported --form delta lora artifact
 """
 
+import perflow_training.quiet  # isort: skip  # first: what follows takes seconds to import
+
 import argparse
 import json
 import logging
@@ -29,6 +31,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--licence", help="for the artefact's card, for example cc-by-nc-4.0")
     args = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    perflow_training.quiet.calm()
     try:
         paths = export(args.checkpoint, args.out, args.form, rank=args.rank, base=args.base, licence=args.licence)
     except (ConfigError, OSError, ValueError) as error:

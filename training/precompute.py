@@ -7,9 +7,10 @@ is done to its pictures, `seed`, and `train_cache_dir`, the folder that is writt
 reads from that folder. A run that was killed goes on where it stopped when it is started again.
 """
 
+import perflow_training.quiet  # isort: skip  # first: what follows takes seconds to import
+
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="options that replace those of the file")
     args = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    perflow_training.quiet.calm()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         run(load_config(args.config, args.overrides), args)
@@ -59,7 +61,7 @@ def run(config: TrainingConfig, args: argparse.Namespace) -> None:
     pipe = DiffusionPipeline.from_pretrained(name, unet=None, dtype=torch.float32, variant=config.variant, **where)
     options = config.sized((network if isinstance(network, int) else min(network)) * pipe.vae_scale_factor)
     pipe.to(args.device)
-    with tqdm(unit=" examples", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(unit=" examples", disable=None) as bar:
 
         def progress(done: int, total: int | None) -> None:
             bar.total = total

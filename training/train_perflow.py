@@ -1,10 +1,12 @@
 """Distils a diffusers pipeline with PeRFlow and writes the few-step student and its delta.
 
-    python training/train_perflow.py --config training/configs/miniature.yaml max_train_steps=200 output_dir=out
+    python training/train_perflow.py --config training/configs/tryout.yaml output_dir=out
     accelerate launch --config_file training/configs/accelerate/ddp.yaml training/train_perflow.py --config ...
 
 Every option of training/configs/reference.yaml can stand in the YAML file or as name=value after it.
 """
+
+import perflow_training.quiet  # isort: skip  # first: what follows takes seconds to import
 
 import argparse
 import logging
@@ -50,6 +52,7 @@ def main() -> None:
         print(reference(), end="")
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    perflow_training.quiet.calm()
     for noisy in ("httpx", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:

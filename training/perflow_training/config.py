@@ -85,7 +85,7 @@ class TrainingConfig(DataOptions):
     mixed_precision: str | None = None  # no, fp16, bf16 (teacher kept in it, student float32); null: launcher's
     allow_tf32: bool = False
     gradient_checkpointing: bool = False
-    torch_compile: bool = False  # teacher and student; also where the launcher asks for inductor
+    torch_compile: bool = False  # teacher and student; 1 to 2 minutes before the first step; also if the launcher asks
     # checkpoints
     checkpointing_steps: int = 0  # 0: only at the end, and when the run is told to stop
     checkpoints_total_limit: int | None = None  # those that were written before are deleted

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,6 +23,7 @@ from perflow_diffusers.weights.writer import drop_shards, make_folder, write_fol
 from .base import MODEL_INDEX, Base, base_in_folder, loaded_base
 from .config import FORMS, ConfigError, TrainingConfig
 from .lazy import as_source, read_afresh
+from .places import URL
 from .student import build_student, check_trained, trained
 from .student_weights import student_weights, trained_lora
 
@@ -131,13 +133,19 @@ def write_products(
         delta = compute_delta(base.weights, student, out / DELTA, dtype=torch.float16, metadata=facts, overwrite=True)
         paths["delta"], base_hash = out / DELTA, delta.metadata["base_hash"]
     if lora is not None and set(forms) & {"lora", "artifact"}:
-        origin = {"base": base.weights.name, "base_hash": base_hash or content_hash(base.weights)}
+        origin = {"base_hash": base_hash or content_hash(base.weights)}
         paths["lora"] = _write_lora(lora, {**facts, **origin}, out / "lora")
     elif "lora" in forms:
         paths["lora"] = _extracted(out / DELTA, out / "lora", lora_rank)
     if "artifact" in forms:
         paths["artifact"] = _write_artifact(base.pipeline, paths, out / "artifact", licence)
     return paths
+
+
+#: options of the run on its machine, and those that can name a place on it
+PRIVATE = ("output_dir", "resume_from_checkpoint", "report_to", "tracker_project_name", "product")
+PLACES = ("pretrained_model_name_or_path", "train_data_dir", "train_captions", "train_cache_dir", "train_shards")
+PLACES += ("dataset_name", "dataset_files")
 
 
 def header(config: TrainingConfig, base: DiffusionPipeline | Path) -> dict[str, Any]:
@@ -152,12 +160,38 @@ def header(config: TrainingConfig, base: DiffusionPipeline | Path) -> dict[str, 
         "recommended_steps": config.recommended_steps,
         "guidance_scale": 0.0 if scale is None else scale,
         "recommended_guidance_scale": None if scale is None else 1.0,
-        "recipe": config.to_dict(),
+        "base": Path(name).name if Path(name).exists() else name,
+        "recipe": recipe(config),
         **base_facts(base),
     }
     if config.rescale_betas_zero_snr:  # the student knows the rescaled schedule, whatever that of its base was
         metadata["noise"] = {**metadata.get("noise", {}), "rescale_betas_zero_snr": True}
     return {name: value for name, value in metadata.items() if value is not None}
+
+
+def recipe(config: TrainingConfig) -> dict[str, Any]:
+    """The options as they may be published: what a run is told of its machine is left out, of paths the last name.
+
+    Addresses lose what may be a secret: user, password and query.
+    """
+    said = {name: value for name, value in config.to_dict().items() if name not in PRIVATE}
+    for name in PLACES:
+        value = said.get(name)
+        if value:
+            said[name] = [_last_name(one) for one in value] if isinstance(value, list) else _last_name(value)
+    return said
+
+
+def _last_name(place: str) -> str:
+    """What a path, an address or a shell command may say to others; a Hub id stays as it is."""
+    if place.startswith("pipe:"):
+        return "pipe:..."
+    if URL.match(place):
+        parts = urlsplit(place)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    path = Path(place)
+    is_local = path.exists() or path.is_absolute() or len(path.parts) > 2 or place.startswith(("~", "."))
+    return path.name if is_local else place
 
 
 def _write_student(unet: nn.Module, weights: WeightSource, folder: Path) -> Path:

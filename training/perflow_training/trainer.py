@@ -25,6 +25,7 @@ from .checkpoint import (
     save_checkpoint,
     use_trained_weights_only,
 )
+from .compiling import can_compile
 from .conditions import Conditions
 from .config import TrainingConfig
 from .draws import Draws
@@ -107,7 +108,7 @@ class Trainer:
         self.plain_teacher = replace(teacher, dtype=dtype)
         self.plain_student = teacher.student(self.network)
         self.teacher, self.student = self.plain_teacher, self.plain_student
-        if config.torch_compile:
+        if config.torch_compile and can_compile(accelerator.device):
             # teacher and student share their code: without this, the second batch size makes all shapes symbolic
             dynamic = None if config.aspect_buckets else False
             self.teacher = replace(self.plain_teacher, network=torch.compile(teacher.network, dynamic=dynamic))
@@ -224,7 +225,7 @@ class Trainer:
         config = self.config
         progress = tqdm(
             total=config.max_train_steps, initial=self.step, desc="perflow", mininterval=2,
-            disable=not self.accelerator.is_main_process,
+            disable=None if self.accelerator.is_main_process else True,  # a bar for people, none in pipes and logs
         )  # fmt: skip
         log, told = StepLog(self), 0
         with self.stopping.after_the_step(), progress:
@@ -235,7 +236,10 @@ class Trainer:
                 last = self.step == config.max_train_steps
                 if self.step % config.logging_steps == 0 or last:
                     values = log.take(norm)
-                    progress.set_postfix(loss=" ".join("-" if x is None else f"{x:.4f}" for x in values["loss"]))
+                    losses = " ".join("-" if x is None else f"{x:.4f}" for x in values["loss"])
+                    progress.set_postfix(loss=losses)
+                    if progress.disable and self.accelerator.is_main_process:  # for a log
+                        logger.info("step %d of %d, loss %s", self.step, config.max_train_steps, losses)
                     with self.nonfinite.named():
                         self.watch.look(self.step, log.weighted(values["loss"]), values["grad_norm"])
                     self.nonfinite.looked()

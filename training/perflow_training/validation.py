@@ -20,6 +20,7 @@ from .config import TrainingConfig
 from .stopping import Stopped, Stopping
 
 logger = logging.getLogger(__name__)
+SIDE = 128  # pixels at least of a picture's width
 MARGIN = 16  # pixels above the columns, for their names
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -96,6 +97,8 @@ class Validation:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 grid.save(folder / f"step-{step:06d}.png")
+                if step == config.max_train_steps:
+                    logger.info("Teacher and student side by side: %s", folder / f"step-{step:06d}.png")
             except OSError as error:  # a full disk is no reason to end a run
                 logger.warning("The validation picture of step %d could not be written (%s).", step, error)
             self._track(grid, step)
@@ -147,18 +150,23 @@ class Validation:
 
 
 def picture_grid(columns: dict[str, list[Image.Image]]) -> Image.Image:
-    """One picture of all: a column a name, as wide as its pictures and its name need, a row a prompt."""
+    """One picture of all: a column a name, as wide as its pictures and its name need, a row a prompt.
+
+    Small pictures are enlarged by repeating their pixels.
+    """
     pictures = next(iter(columns.values()))
-    height = pictures[0].height
+    factor = max(1, SIDE // pictures[0].width)
+    width, height = pictures[0].width * factor, pictures[0].height * factor
     font = ImageFont.load_default()
-    widths = [max(pictures[0].width, math.ceil(font.getlength(name)) + 4) for name in columns]
+    widths = [max(width, math.ceil(font.getlength(name)) + 4) for name in columns]
     grid = Image.new("RGB", (sum(widths), MARGIN + height * len(pictures)), "white")
     draw, left = ImageDraw.Draw(grid), 0
-    for width, (name, column) in zip(widths, columns.items(), strict=True):
+    for wide, (name, column) in zip(widths, columns.items(), strict=True):
         draw.text((left + 2, 2), name, fill="black", font=font)
         for j, picture in enumerate(column):
-            grid.paste(picture, (left, MARGIN + j * height))
-        left += width
+            large = picture.resize((width, height), Image.Resampling.NEAREST) if factor > 1 else picture
+            grid.paste(large, (left, MARGIN + j * height))
+        left += wide
     return grid
 
 

@@ -282,8 +282,8 @@ def _header(
     header = {
         "format": "pt",
         "perflow_format": DELTA_FORMAT,
-        "base": Path(base.name).name if base.files else base.name,
-        "tuned": Path(tuned.name).name if tuned.files else tuned.name,
+        # names, not paths; tensors in memory have none that says anything to others
+        **{role: Path(source.name).name for role, source in (("base", base), ("tuned", tuned)) if source.files},
         "dtype": ",".join(dtypes),
         "base_hash": f"sha256:{'0' * 64}",
     }
