@@ -53,17 +53,17 @@ def test_validation_pictures_of_every_pair_beside_the_teacher(run):
     )  # fmt: skip
     with Image.open(out / "validation" / "step-000002.png") as grid:
         grid.load()
-    name = round(ImageFont.load_default().getlength("teacher 3 @ 1")) + 4  # wider than the miniature's pictures
-    assert grid.size[1] == 16 + 2 * 32
+    assert grid.size[1] == 16 + 2 * 128  # enlarged by 4
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert len(lines[-1]["straightness"]) == 4
     pipe = load_miniature()  # learning rate 0: the teacher's column is drawn by the pipeline itself
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    for guidance, left in ((1.0, 0), (4.0, name + 32)):  # each beside the student's column at its guidance
+    for guidance, left in ((1.0, 0), (4.0, 2 * 128)):  # each beside the student's column at its guidance
         picture = pipe("a green hat", latents=noise[1:], num_inference_steps=3, guidance_scale=guidance).images[0]
-        drawn = grid.crop((left, 48, left + 32, 80))
-        assert list(drawn.get_flattened_data()) == list(picture.get_flattened_data())
+        drawn = grid.crop((left, 16 + 128, left + 128, 16 + 256))
+        large = picture.resize((128, 128), Image.Resampling.NEAREST)
+        assert list(drawn.get_flattened_data()) == list(large.get_flattened_data())
     assert not list(Path(out).glob("*.tmp"))
 
 
@@ -76,22 +76,22 @@ def test_validation_and_trackers_in_sixteen_bits_with_sdxl(run, tiny_sdxl, monke
         "validation_teacher_steps=2",
     )  # fmt: skip
     with Image.open(out / "validation" / "step-000001.png") as grid:
-        assert grid.size[1] == 16 + 16
+        assert grid.size[1] == 16 + 128  # enlarged by 8
     assert all(isinstance(value, (int, float)) for value in sent[1].values())
     named = {"loss/window_1", "loss/window_4", "straightness/window_2", "grad_norm", "samples_per_second"}
     assert named <= set(sent[1])
 
 
 def test_grid_has_a_column_a_name_and_a_row_a_prompt():
-    """Wide pictures stand side by side; narrow ones leave room for the names."""
-    red, blue = Image.new("RGB", (40, 4), "red"), Image.new("RGB", (40, 4), "blue")
+    """Wide pictures stand side by side; tall ones leave room for the names; small ones are enlarged without blur."""
+    red, blue = Image.new("RGB", (140, 4), "red"), Image.new("RGB", (140, 4), "blue")
     grid = picture_grid({"a": [red, blue], "b": [blue, red]})
-    assert grid.size == (80, 16 + 8)
-    assert [grid.getpixel(place) for place in ((1, 18), (45, 18), (1, 22), (45, 22))] == [
+    assert grid.size == (280, 16 + 8)
+    assert [grid.getpixel(place) for place in ((1, 18), (145, 18), (1, 22), (145, 22))] == [
         (255, 0, 0), (0, 0, 255), (0, 0, 255), (255, 0, 0),
     ]  # fmt: skip
-    name = "teacher 25 @ 7.5"
+    name = "teacher 25 @ 7.5 " * 3
     narrow = picture_grid({name: [red.crop((0, 0, 4, 4))], "8 @ 7.5": [red.crop((0, 0, 4, 4))]})
     second = round(ImageFont.load_default().getlength(name)) + 4
-    red_columns = [x for x in range(20, narrow.width) if narrow.getpixel((x, 19)) == (255, 0, 0)]
-    assert abs(red_columns[0] - second) <= 1
+    red_columns = [x for x in range(130, narrow.width) if narrow.getpixel((x, 19)) == (255, 0, 0)]
+    assert abs(red_columns[0] - second) <= 1 and narrow.height == 16 + 128
