@@ -16,16 +16,21 @@ from tqdm import tqdm
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
+def note(command: str, message: object) -> None:
+    """A sentence beside what a command prints, on standard error."""
+    typer.echo(f"perflow {command}: note: {message}", err=True)
+
+
 @contextmanager
 def failing(command: str) -> Iterator[None]:
     """Turn the library's errors and warnings into sentences on standard error, and an error into an exit code."""
 
-    def note(message: Warning | str, *_: object, **__: object) -> None:
-        typer.echo(f"perflow {command}: note: {message}", err=True)
+    def warned(message: Warning | str, *_: object, **__: object) -> None:
+        note(command, message)
 
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = note
+            warnings.showwarning = warned
             # diffusers gives huggingface_hub an option of former days; no user can do anything about it
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated")
             yield

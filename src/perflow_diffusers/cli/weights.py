@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from perflow_diffusers.cli.terminal import check_free, check_out, failing, progress_bar, replacing
+from perflow_diffusers.cli.terminal import check_free, check_out, failing, note, progress_bar, replacing
 from perflow_diffusers.cli.where import with_hub_options
 
 ANYTHING = "A .safetensors file, a model or pipeline folder, a short name or a Hub id."
@@ -95,6 +95,10 @@ def diff(
                 progress=progress,
             )
         typer.echo(told(delta))
+        if len(delta.identical) == len(delta):
+            note("diff", f"nothing differs between {base} and {tuned}: the delta changes no weight.")
+        elif prediction_type is None:
+            note("diff", "a scheduler will ask how the student was trained. Say it in the header: --prediction-type.")
 
 
 @with_hub_options("base", "delta")
@@ -227,6 +231,8 @@ def extract_lora(
         if report is not None:
             write_text(report, told(json.dumps(result.to_dict(), indent=2)), overwrite=force)
         typer.echo(told(result))
+        if result.nbytes + result.residual_nbytes > result.delta_nbytes:
+            note("extract-lora", "this LoRA is larger than its delta. Take a smaller --rank, or publish the delta.")
 
 
 @with_hub_options(without=("revision", "variant", "subfolder"))
