@@ -20,7 +20,7 @@ from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.locate import SHORT_NAMES, HubSpec
 from perflow_diffusers.weights.published import Published, published
 from perflow_diffusers.weights.shown import shown
-from perflow_diffusers.weights.where import Where
+from perflow_diffusers.weights.where import Where, pasted
 
 SETTINGS = "perflow.json"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -71,6 +71,7 @@ def find(source: Any, weights: str = "auto", where: Where | None = None) -> Foun
         return from_folder(path / where.prefix, weights, where.variant)
     if path.exists():
         return _bare(open_weights(path), weights)
+    text, where = pasted(text, where)
     entry = published(text)
     if entry is not None and entry.form == "pipeline":
         raise ArtifactError(

@@ -37,7 +37,7 @@ from perflow_diffusers.weights import WeightsInfo, describe_weights
 from perflow_diffusers.weights.locate import SHORT_NAMES
 from perflow_diffusers.weights.published import Published, published
 from perflow_diffusers.weights.shown import LongDict, html_facts, html_table, shorten, shown
-from perflow_diffusers.weights.where import Where
+from perflow_diffusers.weights.where import Where, pasted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -112,6 +112,9 @@ def describe(source: Any, **where: "Unpack[HubOptions]") -> ArtifactInfo:
     """
     place = options(where)
     text = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
+    if text and not Path(text).expanduser().exists():
+        source, place = pasted(text, place)
+        text = source
     entry = published(text)
     if Path(text).expanduser().exists() or (entry is None and (text in SHORT_NAMES or text.count("/") != 1)):
         return _local(source, place)
@@ -238,6 +241,7 @@ def pull(
     Returns the artefact in the folder. Raises `ArtifactError` if the repository is none, if a file is there already
     (`overwrite=True` replaces it), or if the download fails; a file appears only when it is complete.
     """
+    repo_id, place = pasted(repo_id, options(where))
     entry = published(repo_id)
     if entry is not None:
         raise ArtifactError(
@@ -245,7 +249,6 @@ def pull(
             f"it, run `hf download {entry.repo_id} --local-dir {folder}`."
         )
     target = Path(folder).expanduser()
-    place = options(where)
     if place.variant is not None:
         raise ArtifactError(f"variant={place.variant!r}: an artefact is copied as it is. Leave `variant` out.")
     paths, repository = fetch_documents(list_repository(repo_id, place))

@@ -12,7 +12,7 @@ from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.json_object import read_object
 from perflow_diffusers.weights.published import PUBLISHED
 from perflow_diffusers.weights.shown import shown
-from perflow_diffusers.weights.where import Where
+from perflow_diffusers.weights.where import Where, pasted
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -74,6 +74,7 @@ def is_local(name: str | os.PathLike) -> bool:
     text = os.fspath(name)
     if Path(text).expanduser().exists():
         return True
+    text, _ = pasted(text, Where())
     if text in SHORT_NAMES:
         return not isinstance(SHORT_NAMES[text], HubSpec)
     return Path(text).suffix in (".safetensors", *PICKLES) or not _HUB_ID.fullmatch(text)
@@ -89,6 +90,7 @@ def locate(name: str | os.PathLike, where: Where | None = None) -> Located:
     path = Path(text).expanduser()
     if path.exists():
         return _local(path, where)
+    text, where = pasted(text, where)
     if text in SHORT_NAMES:
         place = SHORT_NAMES[text]
         if not isinstance(place, HubSpec):

@@ -2,8 +2,9 @@
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
+from urllib.parse import unquote
 
 from perflow_diffusers.weights.errors import WeightSourceError
 
@@ -66,3 +67,44 @@ class Where:
         names = ("revision", "token", "cache_dir", "force_download")
         given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None and (value or name == "token")}
+
+
+_ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<rest>[^?#]*)(?:[?#].*)?", re.IGNORECASE)
+_STANDARD = re.compile(r"(?:diffusion_pytorch_model|pytorch_lora_weights|model|perflow)(?:\.([\w-]+))?\.safetensors")
+
+
+def pasted(name: str, where: Where) -> tuple[str, Where]:
+    """A Hub id, and what else an address says that was copied out of a browser; any other name comes back as it is.
+
+    Understood are https://huggingface.co/owner/name and hf.co/owner/name, with /tree/REVISION/FOLDER, and
+    /blob/REVISION/FILE (/resolve, /raw) for a file of a name that diffusers gives. Raises `WeightSourceError` for
+    other addresses of the Hub, and for options that contradict the address.
+    """
+    found = _ADDRESS.fullmatch(name.strip())
+    if found is None:
+        return name, where
+    parts = [unquote(part) for part in found["rest"].split("/") if part]
+    if len(parts) < 2 or parts[0] in ("datasets", "spaces", "models", "docs", "papers", "collections", "api"):
+        raise WeightSourceError(f"{name} is not the address of a model. Pass https://huggingface.co/OWNER/NAME.")
+    repo_id, kind, rest = "/".join(parts[:2]), parts[2:3], parts[4:]
+    said: dict[str, Any] = {}
+    if kind and kind[0] in ("tree", "blob", "resolve", "raw") and len(parts) > 3:
+        said["revision"] = parts[3]
+        if kind[0] != "tree" and rest:
+            file = rest.pop()
+            standard = _STANDARD.fullmatch(file)
+            if standard is None and file != "perflow.json":
+                path = "/".join([*rest, file])
+                raise WeightSourceError(
+                    f"{name} is one file of a repository. Fetch it with `hf download {repo_id} {path}` and pass the "
+                    f"file, or pass '{repo_id}' for what diffusers would take from it."
+                )
+            if standard is not None and standard[1]:
+                said["variant"] = standard[1]
+        if rest:
+            said["subfolder"] = "/".join(rest)
+    for option, value in said.items():
+        given = getattr(where, option)
+        if given not in (None, value):
+            raise WeightSourceError(f"{name} says {option} {value!r}, and {option}={given!r} was passed. Say it once.")
+    return repo_id, replace(where, **said)
