@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -53,6 +54,19 @@ def test_info_of_a_bare_file_of_an_artefact_says_the_same(artifact, perflow):
     assert {key: bare[key] for key in ("settings", "licence", "sizes")} == {
         key: whole[key] for key in ("settings", "licence", "sizes")
     }
+
+
+def test_info_is_aligned_within_a_terminal(artifact, perflow):
+    for source in (artifact, artifact / "perflow.safetensors", miniature_folder() / "avatars", "miniature-lora"):
+        lines = perflow("info", source).output.splitlines()[1:]
+        assert all(len(line) <= 80 or "sha256:" in line for line in lines)
+        facts = [
+            line for line in lines if line.startswith("  ") and "bytes" not in line and not line.startswith("    ")
+        ]
+        starts = {re.search(r"\S  +(?=\S)", line).end() for line in facts if re.search(r"\S  +\S", line)}
+        assert len(starts) == 1
+        sizes = [line for line in lines if line.endswith(" bytes")]
+        assert sizes and len({len(line) for line in sizes}) == 1
 
 
 def test_info_of_weights_and_pipelines(perflow, tmp_path):

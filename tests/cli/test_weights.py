@@ -245,6 +245,17 @@ def test_ema_weights_if_asked(folders, perflow, tmp_path):
     assert "EMA weights only" in perflow("info", base).output
 
 
+def test_a_dry_run_says_that_a_lora_would_be_larger_than_its_delta(delta, perflow, tmp_path):
+    for rank, larger in ((1000, True), (1, False)):
+        told = perflow("extract-lora", delta, tmp_path / "x", "--rank", rank, "--dry-run").output
+        assert ("more than the" in told) == larger
+        assert perflow("extract-lora", delta, tmp_path / f"{rank}.safetensors", "--rank", rank).exit_code == 0
+        written = load_file(tmp_path / f"{rank}.safetensors")
+        carried = [value for name, value in load_file(delta).items() if value.dim() in (2, 4)]
+        size = sum(value.numel() for value in written.values())
+        assert (size > sum(value.numel() for value in carried)) == larger
+
+
 def test_combine_asks_the_hub_as_it_is_told(delta, perflow, tmp_path):
     told = ("--local-files-only", "--cache-dir", tmp_path / "cache")
     result = perflow("combine", delta, "someone/elsewhere", tmp_path / "sum.safetensors", *told)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from perflow_diffusers.hub.settings import from_metadata, from_scheduler
 from perflow_diffusers.weights import WeightsInfo, describe_weights
 from perflow_diffusers.weights.locate import SHORT_NAMES
 from perflow_diffusers.weights.published import Published, published
-from perflow_diffusers.weights.shown import LongDict, html_facts, html_table, shorten, shown
+from perflow_diffusers.weights.shown import LongDict, aligned, html_facts, html_table, shorten, shown
 from perflow_diffusers.weights.where import Where, pasted
 
 if TYPE_CHECKING:
@@ -81,16 +82,19 @@ class ArtifactInfo:
 
     def __str__(self) -> str:
         lines = [self.name, *([self.note] if self.note else [])]
-        said = self.artifact
-        if said is None and len(self.weights) == 1:
-            lines += str(next(iter(self.weights.values()))).splitlines()[1:]
-        elif said is None:
-            lines.append("says nothing about how its weights were trained")
+        facts: list[tuple[str, object]] = []
+        if self.artifact is not None:
+            facts += self.artifact.facts.items()
+        elif len(self.weights) == 1:
+            facts += next(iter(self.weights.values())).facts
         else:
-            lines += [f"  {key:22}{value}" for key, value in said.facts.items()]
-        lines.append(f"  {'licence':22}{self.licence or 'not said'}")
+            lines.append("  says nothing about how its weights were trained")
+        lines += aligned([*facts, ("licence", self.licence or "not said")])
+        width = max(map(len, self.sizes), default=0)
         for name, size in sorted(self.sizes.items()):
-            lines.append(f"  {name:46}{size:>16,} bytes{_in_words(self.weights.get(name))}")
+            lines.append(f"  {name:{width}}  {size:>15,} bytes")
+            held = _in_words(self.weights.get(name)) if self.artifact is not None or len(self.weights) > 1 else ""
+            lines += textwrap.wrap(held, 80, initial_indent="    ", subsequent_indent="    ")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -178,7 +182,7 @@ def _in_words(info: WeightsInfo | None) -> str:
     if info is None:
         return ""
     dtypes = ", ".join(f"{name} ({count})" for name, count in info.dtypes.items())
-    return f"  {info.form} for {info.family}, {info.parameters / 1e6:.2f} M numbers: {dtypes}"
+    return f"{info.form} for {info.family}, {info.parameters / 1e6:.2f} M numbers: {dtypes}"
 
 
 def _of_table(entry: Published, sizes: Mapping[str, int]) -> ArtifactInfo:

@@ -144,7 +144,9 @@ def check_extract(
         raise DeltaError(f"{weights.name} has no layer that a LoRA could carry.")
     sides = [(shape[0], torch.Size(shape[1:]).numel()) for shape in shapes]
     numbers = sum(min(most or rows, rows, columns) * (rows + columns) for rows, columns in sides)
-    return f"{weights.name}: {len(shapes)} layers as a LoRA of at most {numbers / 1e6:.2f} M numbers"
+    whole = sum(rows * columns for rows, columns in sides)
+    more = f", more than the {whole / 1e6:.2f} M of the delta" if numbers > whole else ""
+    return f"{weights.name}: {len(shapes)} layers as a LoRA of at most {numbers / 1e6:.2f} M numbers{more}"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from perflow_diffusers.weights.lora_kin import kin_shape, split_kin
 from perflow_diffusers.weights.lora_layers import lora_layers, named_tensors
 from perflow_diffusers.weights.lora_names import KIN_ROLES
 from perflow_diffusers.weights.original_file import ema_names, unet_names
-from perflow_diffusers.weights.shown import LongDict, html_facts, shorten, shown, size_in_words
+from perflow_diffusers.weights.shown import LongDict, aligned, html_facts, shorten, shown, size_in_words
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class WeightsInfo:
         return LongDict(asdict(self))
 
     @property
-    def _facts(self) -> list[tuple[str, str]]:
+    def facts(self) -> list[tuple[str, str]]:
         """Names and values for people."""
         size = f"{self.tensors} tensors, {self.parameters / 1e6:.2f} M numbers, {size_in_words(self.nbytes)}"
         rows = [
@@ -84,11 +84,10 @@ class WeightsInfo:
         return rows + [(key, str(value)) for key, value in self.settings.items()]
 
     def __str__(self) -> str:
-        width = max(len(key) for key, _ in self._facts)
-        return "\n".join([self.name, *(f"  {key:{width}}  {value}" for key, value in self._facts)])
+        return "\n".join([self.name, *aligned(self.facts)])
 
     def _repr_html_(self) -> str:
-        return html_facts(self.name, self._facts)
+        return html_facts(self.name, self.facts)
 
 
 def describe_weights(source: Any, **where: "Unpack[HubOptions]") -> WeightsInfo:

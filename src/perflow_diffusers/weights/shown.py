@@ -152,6 +152,18 @@ def html_table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any
     return f"<table>{title}{head}<tbody>{body}</tbody></table>{more}"
 
 
+def aligned(facts: Iterable[tuple[str, object]], columns: int = 80) -> list[str]:
+    """Names and values as lines of a terminal: values below each other, long ones wrapped within `columns`."""
+    rows = [(name, str(value)) for name, value in facts]
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = []
+    for name, value in rows:
+        room = max(columns - width - 4, 20)
+        parts = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
+        lines += [f"  {'' if number else name:{width}}  {part}".rstrip() for number, part in enumerate(parts)]
+    return lines
+
+
 def html_facts(caption: str, facts: Iterable[tuple[str, Any]]) -> str:
     """Names and values in words, for a notebook."""
     left = ' style="text-align:left"'
