@@ -169,6 +169,8 @@ def _betas(n: int, start: float, end: float, schedule: str) -> Tensor:
     """(n,) float32 betas, computed as diffusers computes them."""
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"`num_train_timesteps={n!r}`; expected an integer >= 1.")
+    if not all(isinstance(beta, int | float) for beta in (start, end)):
+        raise ValueError(f"`beta_start={start!r}` and `beta_end={end!r}`; expected two numbers in [0, 1].")
     if schedule == "scaled_linear" and (start < 0 or end < 0):
         raise ValueError(f"`beta_start={start}` and `beta_end={end}`; expected values in [0, 1].")
     if schedule == "linear":

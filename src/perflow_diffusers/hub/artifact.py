@@ -12,9 +12,10 @@ from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.find import Found, find, from_folder
 from perflow_diffusers.hub.push import push_perflow
 from perflow_diffusers.hub.save import save_artifact
-from perflow_diffusers.hub.settings import FORMAT_VERSION, from_metadata
+from perflow_diffusers.hub.settings import FORMAT_VERSION, expectation, from_metadata
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import WeightSource
+from perflow_diffusers.weights.arguments import path_of
 from perflow_diffusers.weights.delta import content_hash
 from perflow_diffusers.weights.plan import find_unet
 from perflow_diffusers.weights.shown import LongDict, folded, html_facts, shorten
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from perflow_diffusers.weights.where import HubOptions
+
+
+#: The keys of `PeRFlowArtifact.files`.
+FILE_FORMS = ("delta", "lora", "kohya")
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,6 +40,8 @@ class PeRFlowArtifact:
     `t_noise`, `t_clean`: what the pipeline must be like. `licence`, `recipe`: for people. `files`: form ("delta",
     "lora", "kohya") -> local file or opened weights. `residual`: the file that a LoRA needs beside it. `folder` and
     `name`: where it was found. `version`: of the format.
+
+    Raises `ArtifactError` for settings out of their limits.
     """
 
     prediction_type: str
@@ -60,6 +67,12 @@ class PeRFlowArtifact:
     version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        stored = {"guidance_scale": "recommended_guidance_scale", "solve_guidance": "guidance_scale"}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            expected = expectation(stored.get(name, name), value) if value != () else None
+            if expected is not None:
+                raise ArtifactError(f"PeRFlowArtifact({name}={value!r:.80}); expected {expected}.")
         shorten(self)
 
     def __repr__(self) -> str:
@@ -114,7 +127,8 @@ class PeRFlowArtifact:
 
         Raises `ArtifactError` (a ValueError) for settings that are missing, contradictory or out of their limits.
         """
-        return cls.of(from_folder(Path(folder).expanduser(), "all"))
+        place = path_of(folder, "folder", 'PeRFlowArtifact.from_folder("artefact")', ArtifactError)
+        return cls.of(from_folder(place, "all"))
 
     @classmethod
     def from_header(cls, source: Any) -> "PeRFlowArtifact":
@@ -215,7 +229,8 @@ class PeRFlowArtifact:
         `WeightWriteError` if something is there already or cannot be written, `DeltaError` if the delta is a complete
         model, `MergeError` if the base's own weights are gone.
         """
-        save_artifact(self, Path(folder).expanduser(), base=base, samples=list(samples), overwrite=overwrite)
+        place = path_of(folder, "folder", 'artifact.save("artefact", base=pipe)', ArtifactError)
+        save_artifact(self, place, base=base, samples=list(samples), overwrite=overwrite)
         return PeRFlowArtifact.from_folder(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -226,7 +241,12 @@ class PeRFlowArtifact:
 
     def with_files(self, **files: Any) -> "PeRFlowArtifact":
         """A copy with more files: `with_files(lora="my_lora.safetensors", kohya="for_webui.safetensors")`."""
-        return replace(self, files={**self.files, **{form: Path(path) for form, path in files.items()}})
+        unknown = [form for form in files if form not in FILE_FORMS]
+        if unknown:
+            raise ArtifactError(f"{unknown[0]}=... is no form of weights. Pass {', '.join(FILE_FORMS)}.")
+        order = 'with_files(lora="my_lora.safetensors")'
+        paths = {form: path_of(path, form, order, ArtifactError) for form, path in files.items()}
+        return replace(self, files={**self.files, **paths})
 
 
 def perflow_scheduler(config: Any, metadata: Mapping[str, str]) -> PeRFlowScheduler:

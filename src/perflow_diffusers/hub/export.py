@@ -17,11 +17,13 @@ from perflow_diffusers.hub.bundle import MODULE, scheduler_source
 from perflow_diffusers.hub.card import INSTALL_NOTE, PAPER, loading
 from perflow_diffusers.hub.documents import read_json, write_json
 from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.hub.family import check_pipeline
 from perflow_diffusers.hub.find import CARD
 from perflow_diffusers.hub.recognise import PIPELINE_SETTINGS
 from perflow_diffusers.hub.state import companion, faulty, loaded
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import merge_delta, open_weights
+from perflow_diffusers.weights.arguments import path_of
 from perflow_diffusers.weights.lora import as_delta
 from perflow_diffusers.weights.merge import rescale_merge
 from perflow_diffusers.weights.plan import find_unet
@@ -53,7 +55,8 @@ def export_pipeline(
     earlier export, nothing else), if the pipeline has no `PeRFlowScheduler`, other LoRAs that are not fused, or parts
     that diffusers does not know (Wonder3D).
     """
-    target = Path(folder).expanduser()
+    check_pipeline(pipe)
+    target = path_of(folder, "folder", 'export_pipeline(pipe, "folder")', ArtifactError)
     if form not in get_args(Form):
         raise ArtifactError(f"form={form!r} is unknown. Pass 'plain' or 'code'.")
     if not isinstance(pipe.scheduler, PeRFlowScheduler):

@@ -13,6 +13,7 @@ from perflow_diffusers.hub.network import misfit, relation
 from perflow_diffusers.hub.recognise import published_pipeline, recognised
 from perflow_diffusers.hub.settings import BASE_TYPES, NOISE_FACTS
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
+from perflow_diffusers.weights.plan import find_unet
 
 if TYPE_CHECKING:
     from perflow_diffusers.hub.artifact import PeRFlowArtifact
@@ -22,10 +23,25 @@ logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so tha
 _SAME_NOISE = 1e-6  # of alpha; float32 tables of one schedule differ by rounding
 
 
-def check_family(artifact: "PeRFlowArtifact", pipe: Any, unet: torch.nn.Module, strict: bool) -> None:
-    """Refuse a pipeline of another family; strict or not where its own settings may be wrong."""
+def check_pipeline(pipe: Any) -> torch.nn.Module:
+    """The UNet of a pipeline that has a scheduler, too; what else is passed is told in a sentence.
+
+    Raises `MergeError` for what has no UNet (a name, a class, None, a pipeline of another kind), `ArtifactError` for a
+    part of a pipeline.
+    """
+    unet = find_unet(pipe)
+    if isinstance(pipe, torch.nn.Module):
+        raise ArtifactError(
+            f"{type(pipe).__name__} is a part of a pipeline and has no scheduler. Pass the whole pipeline: "
+            "`load_perflow(pipe, source)`. For the weights alone there is `merge_delta(unet, source)`."
+        )
     if getattr(pipe, "scheduler", None) is None:
         raise ArtifactError(f"{type(pipe).__name__} has no scheduler to make PeRFlow's from. Load the whole pipeline.")
+    return unet
+
+
+def check_family(artifact: "PeRFlowArtifact", pipe: Any, unet: torch.nn.Module, strict: bool) -> None:
+    """Refuse a pipeline of another family; strict or not where its own settings may be wrong."""
     wrong = misfit(artifact.network, unet)
     if wrong is not None:
         raise ArtifactError(
@@ -38,7 +54,13 @@ def check_family(artifact: "PeRFlowArtifact", pipe: Any, unet: torch.nn.Module, 
     if kind == "unrelated":
         doubts.append(f"the UNet has the layers of {base}, but its weights have nothing in common with it")
     if _is_accelerated(pipe):
-        doubts.append("the pipeline's own scheduler says that PeRFlow is in its weights already")
+        if strict:
+            raise ArtifactError(
+                "PeRFlow is in this pipeline's weights already, as its scheduler or folder says, and "
+                f"{artifact.name} would come on top. Nothing was changed. Call `set_scheduler(pipe)` to give it its "
+                "scheduler, or load a base to accelerate it anew."
+            )
+        doubts.append("PeRFlow is in its weights already, as its scheduler or folder says")
     if doubts and strict:
         raise ArtifactError(
             f"{artifact.name} does not fit this pipeline: {'; '.join(doubts)}. Take the accelerator of its family, or "

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from perflow_diffusers.hub.documents import read_json
 from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.fetch import (
@@ -17,6 +19,7 @@ from perflow_diffusers.hub.fetch import (
 )
 from perflow_diffusers.hub.settings import checked, from_metadata, from_scheduler
 from perflow_diffusers.weights import WeightSource, open_weights
+from perflow_diffusers.weights.arguments import in_words
 from perflow_diffusers.weights.locate import SHORT_NAMES, HubSpec
 from perflow_diffusers.weights.published import Published, published
 from perflow_diffusers.weights.shown import shown
@@ -61,6 +64,12 @@ def find(source: Any, weights: str = "auto", where: Where | None = None) -> Foun
     where = where or Where()
     if weights not in CHOICES:
         raise ArtifactError(f"weights={weights!r} is unknown. Pass one of {', '.join(CHOICES[:3])}.")
+    if isinstance(source, torch.nn.Module) or isinstance(getattr(source, "unet", None), torch.nn.Module):
+        raise ArtifactError(
+            f"{in_words(source)} is a model, where an accelerator belongs (a folder, file, short name or Hub id). The "
+            " pipeline comes first, `load_perflow(pipe, source)`; an accelerator is made of two models by "
+            "`compute_delta(base, tuned)`; `describe_weights` says what a model's weights are."
+        )
     if not isinstance(source, str | os.PathLike):
         return _bare(open_weights(source), weights)
     text = os.fspath(source)

@@ -35,6 +35,7 @@ from perflow_diffusers.hub.find import (
 from perflow_diffusers.hub.recognise import PIPELINE_SETTINGS, in_configuration
 from perflow_diffusers.hub.settings import from_metadata, from_scheduler
 from perflow_diffusers.weights import WeightsInfo, describe_weights
+from perflow_diffusers.weights.arguments import in_words, path_of
 from perflow_diffusers.weights.locate import SHORT_NAMES
 from perflow_diffusers.weights.published import Published, published
 from perflow_diffusers.weights.shown import LongDict, aligned, html_facts, html_table, shorten, shown
@@ -245,6 +246,9 @@ def pull(
     Returns the artefact in the folder. Raises `ArtifactError` if the repository is none, if a file is there already
     (`overwrite=True` replaces it), or if the download fails; a file appears only when it is complete.
     """
+    order = 'pull("owner/name", "folder")'
+    if not isinstance(repo_id, str):
+        raise ArtifactError(f"repo_id is {in_words(repo_id)}, where the name of a repository belongs: {order}.")
     repo_id, place = pasted(repo_id, options(where))
     entry = published(repo_id)
     if entry is not None:
@@ -252,7 +256,7 @@ def pull(
             f"{entry.repo_id} is used from the cache: `load_perflow(pipe, {repo_id!r})`, or as a pipeline. To copy "
             f"it, run `hf download {entry.repo_id} --local-dir {folder}`."
         )
-    target = Path(folder).expanduser()
+    target = path_of(folder, "folder", order, ArtifactError)
     if place.variant is not None:
         raise ArtifactError(f"variant={place.variant!r}: an artefact is copied as it is. Leave `variant` out.")
     paths, repository = fetch_documents(list_repository(repo_id, place))

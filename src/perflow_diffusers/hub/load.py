@@ -14,13 +14,14 @@ from diffusers.utils import logging
 from perflow_diffusers.hub.adapters import activate, attach, check_adapter, check_detachable, detach, obstacle
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.errors import ArtifactError
-from perflow_diffusers.hub.family import check_family, warn_of_scheduler
+from perflow_diffusers.hub.family import check_family, check_pipeline, warn_of_scheduler
 from perflow_diffusers.hub.fetch import options
-from perflow_diffusers.hub.network import live_shapes, live_weights, shape_misfit
+from perflow_diffusers.hub.network import live_shapes, live_weights, shape_misfit, share_within
 from perflow_diffusers.hub.recognise import published_pipeline, settings_of
 from perflow_diffusers.hub.state import Companion, Loaded, companion, keep, loaded, was_taken_out
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import MergeHandle, WeightSource, merge_delta, open_weights
+from perflow_diffusers.weights.arguments import is_number
 from perflow_diffusers.weights.errors import MergeError
 from perflow_diffusers.weights.locate import SHORT_NAMES
 from perflow_diffusers.weights.lora import as_delta, open_residual
@@ -28,7 +29,7 @@ from perflow_diffusers.weights.merge import Backup, rescale_merge, undo_merge
 from perflow_diffusers.weights.plan import find_unet
 from perflow_diffusers.weights.published import published
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of
-from perflow_diffusers.weights.stack import is_lost, layer_of
+from perflow_diffusers.weights.stack import acting_plans, is_lost, layer_of, stack_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so that its verbosity applies
 
+_WITHIN = 0.4  # of a delta: what was merged at half its strength is within
 #: What a user may ask for.
 FORMS = ("auto", "delta", "lora")
 
@@ -70,25 +72,58 @@ def load_perflow(
     logged. `strict=False` turns the last three into warnings of the log. What cannot be checked, because the artefact
     or the pipeline does not say it, is logged, too.
     """
-    present = loaded(pipe) or companion(pipe)
-    if present is not None:
-        raise ArtifactError(
-            f"{present.artifact.name} is loaded into this pipeline. Call `unload_perflow(pipe)` first. (Pipelines "
-            "that share a UNet share what is loaded into it.)"
-        )
+    unet = check_pipeline(pipe)
+    _check_free(pipe)
     if _is_itself(pipe, source):
         artifact = settings_of(pipe)
         _set_scheduler(pipe, artifact, pipe.scheduler)
         return artifact
     if weights not in FORMS:
-        raise ArtifactError(f"weights={weights!r} is unknown. Pass one of {', '.join(FORMS)}.")
+        strength = f" The strength goes by name: scale={weights!r}." if is_number(weights) else ""
+        raise ArtifactError(f"weights={weights!r} is unknown. Pass one of {', '.join(FORMS)}.{strength}")
     given = isinstance(source, PeRFlowArtifact)
     artifact = source if given else PeRFlowArtifact.from_pretrained(source, weights, **where)
     form = _form(artifact, weights)
     if isinstance(source, str) and (source in SHORT_NAMES or published(source) is not None):
         what = "a local path, which wins over the known name" if Path(source).exists() else artifact.name
         logger.info(f"'{source}' is {what}.")
-    return _load(pipe, artifact, form, _strength(scale, find_unet(pipe)), strict, backup)
+    return _load(pipe, artifact, form, _strength(scale, unet), strict, backup)
+
+
+def _check_free(pipe: Any) -> None:
+    """Raise `ArtifactError` for a pipeline that has an accelerator, and say which."""
+    state, mine = loaded(pipe), companion(pipe)
+    if state is None and mine is not None and not mine.weights:
+        raise ArtifactError(
+            "PeRFlow is in this pipeline's own weights, and `set_scheduler` gave it the scheduler of "
+            f"{mine.artifact.name}: there is nothing to load. For another accelerator load the base; "
+            "`unload_perflow(pipe)` puts the former scheduler back."
+        )
+    present = state or mine
+    if present is not None:
+        raise ArtifactError(
+            f"{present.artifact.name} is loaded into this pipeline. Call `unload_perflow(pipe)` first, or "
+            "`set_perflow_scale(pipe, 0.8)` to change its strength. (Pipelines that share a UNet share what is loaded "
+            "into it.)"
+        )
+
+
+def _check_not_within(artifact: PeRFlowArtifact, form: str, unet: torch.nn.Module) -> None:
+    """Raise `ArtifactError` for weights that have the accelerator already: merged, fused, or saved with it."""
+    given = open_weights(artifact.files[form])
+    merged = [plan.source for plan in acting_plans(stack_of(unet))]
+    by_hand = any(given.files and source.files == given.files for source in merged)
+    share = None
+    if not by_hand and artifact.base_sample:
+        share = share_within(artifact.base_sample, as_delta(given, live_shapes(unet), on_base=True), unet)
+    if by_hand or (share is not None and share > _WITHIN):
+        how = "was merged into this UNet by `merge_delta`" if by_hand else "is in this UNet's weights"
+        first = "Call `unmerge_delta(pipe)` first, or" if merged else "Load the base again, or"
+        raise ArtifactError(
+            f"{artifact.name} {how} already, and loading it would apply it twice. Nothing was changed. {first} "
+            f"`set_scheduler(pipe, {str(artifact.name)!r})`, which gives the pipeline the scheduler alone. "
+            "(strict=False loads it all the same.)"
+        )
 
 
 def _load(
@@ -96,6 +131,8 @@ def _load(
 ) -> PeRFlowArtifact:
     unet = find_unet(pipe)
     check_family(artifact, pipe, unet, strict)
+    if strict:
+        _check_not_within(artifact, form, unet)
     scheduler = artifact.make_scheduler(pipe.scheduler.config)
     merges: list[MergeHandle] = []
     attached, why = False, None
@@ -110,9 +147,9 @@ def _load(
             attach(pipe, artifact.lora_file, strength)
             attached = True
             if residual is not None:
-                merges.append(merge_delta(pipe, residual, strength.given, backup=backup))
+                merges.append(merge_delta(pipe, residual, strength, backup=backup))
         else:
-            merges.append(merge_delta(pipe, artifact.files[form.split()[-1]], strength.given, backup=backup))
+            merges.append(merge_delta(pipe, artifact.files[form.split()[-1]], strength, backup=backup))
         former = pipe.scheduler
         scheduler._before_run = Companion(artifact, former, pipe, weights=True)
         pipe.scheduler = scheduler
@@ -138,6 +175,7 @@ def unload_perflow(pipe: Any, *, force: bool = False) -> None:
     then puts the former scheduler back, which is all there is to do); `MergeError` if something else changed the
     weights since (`force=True` overwrites it), or if they were pickled. Then nothing is changed.
     """
+    check_pipeline(pipe)
     state, mine = loaded(pipe), companion(pipe)
     if state is None and mine is None:
         raise ArtifactError("Nothing is loaded into this pipeline by `load_perflow`. Was it loaded into another one?")
@@ -182,15 +220,14 @@ def set_perflow_scale(pipe: Any, scale: Scale) -> None:
     Raises `ArtifactError` if nothing is loaded, for a scale that is no finite number or names no block of the UNet,
     and if its LoRA was removed or LoRAs are fused; `MergeError` as `unload_perflow` does. Then nothing is changed.
     """
-    state = loaded(pipe)
+    unet, state = find_unet(pipe), loaded(pipe)
     if state is None:
         raise ArtifactError("Nothing is loaded into this pipeline by `load_perflow`, so there is no strength to set.")
-    unet = find_unet(pipe)
     strength = _strength(scale, unet)
     if state.form == "lora":
         check_adapter(unet)
     for number in state.merges:
-        rescale_merge(unet, number, state.artifact.name, strength.given)
+        rescale_merge(unet, number, state.artifact.name, strength)
     if state.form == "lora":
         activate(unet, strength)
     keep(unet, replace(state, strength=strength))
@@ -205,6 +242,7 @@ def set_scheduler(pipe: Any, source: Any = None, **where: "Unpack[HubOptions]") 
     `unload_perflow(pipe)` puts the former scheduler back. Raises `ArtifactError` for a pipeline that is not
     recognised.
     """
+    check_pipeline(pipe)
     state, mine = loaded(pipe), companion(pipe)
     if state is not None:
         raise ArtifactError(f"{state.artifact.name} is loaded, with its scheduler. Call `unload_perflow(pipe)` first.")

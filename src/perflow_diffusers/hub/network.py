@@ -61,6 +61,35 @@ def relation(sample: Mapping[str, Any], pipe_or_unet: Any) -> str:
     return "base" if distance < _ROUNDING else "fine-tune" if distance < _UNRELATED else "unrelated"
 
 
+def share_within(sample: Mapping[str, Any], delta: WeightSource, unet: torch.nn.Module) -> float | None:
+    """How often a delta is in a UNet's weights already: about 0 or 1; None where it cannot be told.
+
+    From the numbers that were sampled of its base: the projection of (weights - base) on the delta. A fine-tune of the
+    base has little in common with the delta, and the result must be four times what chance would make of it.
+    """
+    weights, names = live_weights(unet), canonical_map(delta)[0]
+    pairs = []
+    for name, known in sample.items():
+        weight = weights.get(name)
+        if weight is None or name not in names or names[name] in getattr(delta, "on_base", ()):
+            continue
+        if weight.is_meta or not weight.is_floating_point():
+            return None
+        found, change = _values(weight), _values(delta[names[name]])
+        if not len(known) == len(found) == len(change):
+            return None
+        pairs += list(zip(known, found, change, strict=True))
+    if not pairs:
+        return None
+    base, found_, change_ = torch.tensor(pairs, dtype=torch.float64, device="cpu").unbind(1)
+    moved, size = found_ - base, float(change_.square().sum())
+    if not size:
+        return None
+    share = float((moved * change_).sum()) / size
+    chance = float((moved - share * change_).square().sum() / size / len(pairs)) ** 0.5
+    return share if abs(share) > 4 * chance else 0.0
+
+
 def _values(weight: torch.Tensor) -> list[float]:
     """Numbers spread over a weight."""
     index = torch.linspace(

@@ -15,6 +15,7 @@ from perflow_diffusers.hub.documents import read_json
 from perflow_diffusers.hub.errors import ArtifactError, PushError
 from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.find import CARD, SETTINGS, artifact_in, from_folder
+from perflow_diffusers.weights.arguments import in_words, path_of
 from perflow_diffusers.weights.repository import PATIENCE, explained
 from perflow_diffusers.weights.where import Where
 
@@ -104,7 +105,10 @@ def plan_push(
     a missing licence.
     """
     options({"token": token})
-    path = artifact_in(Path(folder).expanduser())
+    order = 'push_perflow(folder, "owner/name")'
+    path = artifact_in(path_of(folder, "folder", order, PushError))
+    if not isinstance(repo_id, str) or not repo_id.strip():
+        raise PushError(f"repo_id is {in_words(repo_id)}, where the name of a repository belongs: {order}.")
     try:
         validate_repo_id(repo_id)
     except hub.errors.HFValidationError as error:

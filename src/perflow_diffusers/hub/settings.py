@@ -182,6 +182,12 @@ _RULES: dict[str, tuple[Any, str]] = {
 }
 
 
+def expectation(key: str, value: Any) -> str | None:
+    """What is expected of a setting whose value is out of its limits; None for what is fine, missing or unknown."""
+    test, expected = _RULES.get(key, (None, ""))
+    return None if test is None or value is None or test(value) else expected
+
+
 def _check_boundaries(fields: dict[str, Any], where: str) -> None:
     """Boundaries fall, and their number is that of the windows."""
     given = fields.get("window_boundaries")

@@ -36,9 +36,11 @@ def load_miniature(checkpoint: str = "avatars", dtype: torch.dtype = torch.float
         dtype: dtype of the weights, which are stored in fp16.
 
     Raises:
-        ValueError: unknown checkpoint.
+        ValueError: unknown checkpoint; a dtype that is none of torch's.
     """
     _check(checkpoint)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"`dtype={dtype!r}` is no dtype of torch's. Pass torch.float16, torch.float32 or another.")
     with _silence():
         from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
@@ -79,6 +81,8 @@ def miniature_prompts(n: int, seed: int = 0, checkpoint: str = "avatars") -> lis
         ValueError: `n` below 1 or above the number of held-out prompts; unknown checkpoint.
     """
     _check(checkpoint)
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise ValueError(f"`n={n!r}` is no number of prompts. Pass an integer: `miniature_prompts(4)`.")
     prompts = list(dict.fromkeys(json.loads((miniature_folder() / "prompts.json").read_text())[checkpoint]))
     if not 1 <= n <= len(prompts):
         raise ValueError(f"`n={n}` prompts were asked for; there are 1 to {len(prompts)} for {checkpoint!r}.")

@@ -145,6 +145,10 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         config = kwargs.pop("pretrained_model_name_or_path", config)
         if isinstance(config, str | os.PathLike):  # as diffusers still allows
             return cls.from_pretrained(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        inner = getattr(getattr(config, "scheduler", config), "config", None)
+        if not isinstance(config, dict) and inner is not None:
+            place = "pipe.scheduler.config" if hasattr(config, "scheduler") else "scheduler.config"
+            raise ValueError(f"A {type(config).__name__} is no configuration. Pass its configuration: `{place}`.")
         if not isinstance(config, dict):
             return super().from_config(config, return_unused_kwargs, **kwargs)
         reason = refusal(config, kwargs)
@@ -230,9 +234,11 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _grid(self, n: Any) -> list[int]:
         try:
+            if isinstance(n, bool):
+                raise TypeError
             n = operator.index(n)
         except TypeError:
-            raise ValueError(f"`num_inference_steps={n!r}`; expected an integer >= 1.") from None
+            raise ValueError(f"`num_inference_steps={n!r}`; expected an integer >= 1, without quotes.") from None
         if n < 1:
             raise ValueError(f"`num_inference_steps={n}`; expected an integer >= 1.")
         if n < self.windows.num_windows and not self._warned:
@@ -409,14 +415,17 @@ def _split_types(prediction_type: str | None, perflow_type: str | None) -> tuple
 
 def _windows(n: int, t_noise: float, t_clean: float, num_windows: int | None, given: Sequence[int] | None) -> Windows:
     """The windows that the config's arguments describe."""
-    if not 0 <= t_clean < t_noise <= 1 or round(t_clean * n) == round(t_noise * n):
+    numbers = all(isinstance(t, int | float) for t in (t_noise, t_clean))
+    if not numbers or not 0 <= t_clean < t_noise <= 1 or round(t_clean * n) == round(t_noise * n):
         expected = f"1 >= t_noise > t_clean >= 0 and a timestep (1 of {n}) between them"
-        raise ValueError(f"`t_noise={t_noise}` and `t_clean={t_clean}`; expected {expected}.")
+        raise ValueError(f"`t_noise={t_noise!r}` and `t_clean={t_clean!r}`; expected {expected}.")
     noise, clean = round(t_noise * n), round(t_clean * n)
     if given is None:
         if not isinstance(num_windows, int) or not 1 <= num_windows <= noise - clean:
             raise ValueError(f"`num_time_windows={num_windows!r}`; expected an integer from 1 to {noise - clean}.")
         return Windows.uniform(num_windows, noise, clean)
+    if isinstance(given, str):
+        raise ValueError(f"`window_boundaries={given!r}`; expected a list, such as [1000, 750, 500, 250, 0].")
     try:
         windows = Windows(tuple(given))
     except (TypeError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.arguments import dtype_of, in_words, path_of
 from perflow_diffusers.weights.complete import check_difference
 from perflow_diffusers.weights.concatenate import Joined, check_finite, concatenated, wider
 from perflow_diffusers.weights.delta import DELTA_FORMAT
@@ -32,6 +33,7 @@ from perflow_diffusers.weights.writer import (
 )
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_ORDER = 'combine([first, second], "both.safetensors", [1, 0.8])'
 _OF_TRAINING = ("ss_", "modelspec.")  # facts of one LoRA, true of several only if they share them
 
 
@@ -80,7 +82,7 @@ def combine(
     out: str | os.PathLike,
     scales: Sequence[float] | None = None,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -102,21 +104,27 @@ def combine(
     what cannot be read, `MergeError` for a scale that is no finite number, `WeightWriteError` for an `out` that cannot
     be written (all ValueErrors). An old file there is then intact.
     """
-    opened, factors = _checked(sources, scales, dtype)
+    path_of(out, "out", _ORDER)
+    stored = dtype_of(dtype)
+    if dtype is not None and stored not in _DTYPES:
+        raise DeltaError(
+            f"dtype={dtype!r} cannot hold them. Pass float16, bfloat16 or float32, or none to keep all bits."
+        )
+    opened, factors = _checked(sources, scales)
     for source in opened:
         warn_of_bundled(source)
     header, disagreed = _common(opened)
     names = tuple(source.name for source in opened)
     if all(source.kind == "lora" for source in opened):
         path, rest_path = lora_targets(out, True, overwrite, make=not dry_run)
-        joined = concatenated(opened, factors, dtype)
-        rest = _sum([as_delta(open_residual(source)) for source in opened], factors, dtype)
+        joined = concatenated(opened, factors, stored)
+        rest = _sum([as_delta(open_residual(source)) for source in opened], factors, stored)
         files = _lora_files(path, rest_path, joined, rest, header, progress)
         form, ranks = "lora", dict(sorted(Counter(joined.ranks).items()))
     else:
-        path = check_file_name(Path(out))
+        path = check_file_name(path_of(out, "out", _ORDER))
         check_target(path, 0, overwrite=overwrite)
-        total = _sum(_as_deltas(opened), factors, dtype)
+        total = _sum(_as_deltas(opened), factors, stored)
         dtypes = ",".join(sorted({dtype_name(kind) for _, kind in total.specs.values()}))
         own = {"format": "pt", "perflow_format": DELTA_FORMAT, "dtype": dtypes}
         files = [File(path, total.specs, _counted(total.stream(), len(total.specs), progress), {**header, **own})]
@@ -132,23 +140,17 @@ def combine(
     return report
 
 
-def _checked(
-    sources: Sequence[Any], scales: Sequence[float] | None, dtype: torch.dtype | None
-) -> tuple[list[WeightSource], tuple[float, ...]]:
+def _checked(sources: Sequence[Any], scales: Sequence[float] | None) -> tuple[list[WeightSource], tuple[float, ...]]:
     if isinstance(sources, str | os.PathLike | Mapping) or not isinstance(sources, Sequence) or not sources:
-        raise DeltaError(
-            "sources is not a list of LoRAs or deltas. Pass e.g. combine([first, second], out, [1, 0.8])."
-        )
+        raise DeltaError(f"sources is {in_words(sources)}, not a list of LoRAs or deltas. Pass e.g. {_ORDER}.")
+    if scales is not None and (isinstance(scales, str) or not isinstance(scales, Iterable)):
+        raise DeltaError(f"scales is {in_words(scales)}. Pass a list with one number for each source: {_ORDER}.")
     factors = tuple(
         strength_of(scale, ()).of("") for scale in (scales if scales is not None else [1.0] * len(sources))
     )
     if len(factors) != len(sources):
         raise DeltaError(
             f"{len(sources)} sources and {len(factors)} scales. Pass one scale for each, in the same order."
-        )
-    if dtype is not None and dtype not in _DTYPES:
-        raise DeltaError(
-            f"dtype={dtype} cannot hold them. Pass float16, bfloat16 or float32, or none to keep all bits."
         )
     opened = [open_weights(source) for source in sources]
     for source in opened:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.arguments import path_of
 from perflow_diffusers.weights.complete import check_difference
 from perflow_diffusers.weights.errors import DeltaError
 from perflow_diffusers.weights.header_facts import OF_BYTES
@@ -52,6 +53,7 @@ def delta_for_comfy(
     Raises `DeltaError` for a LoRA (write its kohya layout), complete weights, and for tensors that ComfyUI's loader
     would leave out; `WeightWriteError` for an `out` that cannot be written. An old file there is then intact.
     """
+    target = path_of(out, "out", 'delta_for_comfy(delta, "comfy.safetensors")')
     source, names = _named(delta)
     specs: dict[str, Spec] = {new: (source.shapes[key], source.dtypes[key]) for new, key in names.items()}
     header = {"format": "pt"} | {name: value for name, value in source.metadata.items() if name not in _TIED_TO_FORM}
@@ -62,7 +64,7 @@ def delta_for_comfy(
             if progress is not None:
                 progress(done, len(names))
 
-    return write_safetensors(out, specs, stream(), header, overwrite=overwrite)
+    return write_safetensors(target, specs, stream(), header, overwrite=overwrite)
 
 
 def check_comfy(delta: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from perflow_diffusers.weights import keys, lora_names
+from perflow_diffusers.weights.arguments import path_of
 from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.header_facts import KOHYA_CONFIG, KOHYA_SPELLING, network_facts, without_hashes
 from perflow_diffusers.weights.json_object import parsed
@@ -56,9 +57,10 @@ def convert_lora(
     (the error names them), for kinds of layers that the layout cannot hold; `WeightWriteError` for an `out` that
     cannot be written. An old file there is then intact.
     """
+    target = path_of(out, "out", 'convert_lora(lora, "converted.safetensors", "kohya")')
     given, tensors, header = _converted(source, layout, unet)
     warn_of_bundled(given)
-    target = check_file_name(Path(out))
+    check_file_name(target)
     check_target(target, given.nbytes, overwrite=overwrite)
     residual = _residual_file(given, target, header)
     specs: dict[str, Spec] = {name: spec for name, (spec, _) in tensors.items()}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.arguments import dtype_of, in_words, path_of, whole_number
 from perflow_diffusers.weights.complete import check_complete
 from perflow_diffusers.weights.errors import DeltaError
 from perflow_diffusers.weights.rounding import RoundingNoise, coarser, rounded, rounding_note
@@ -41,7 +42,7 @@ def compute_delta(
     base: Any,
     tuned: Any,
     out: str | os.PathLike | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     metadata: Mapping[str, Any] | None = None,
     *,
     drop_identical: bool = False,
@@ -69,11 +70,18 @@ def compute_delta(
     Raises `DeltaError` if keys, shapes or numbers do not allow a difference, `WeightSourceError` for what cannot be
     read, `WeightWriteError` for an `out` that cannot be written (all ValueErrors); an old file there is then intact.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    given, dtype = dtype, dtype_of(dtype)
+    if given is not None and (dtype is None or not dtype.is_floating_point):
         raise DeltaError(
-            f"dtype={dtype!r} cannot hold a difference. Pass torch.float32, torch.float16 or torch.bfloat16; "
+            f"dtype={given!r} cannot hold a difference. Pass torch.float32, torch.float16 or torch.bfloat16; "
             "`shrink_delta` makes int8 of the result, with scales."
         )
+    order = 'compute_delta(base, tuned, "delta.safetensors")'
+    target = None if out is None else path_of(out, "out", order)
+    if max_shard_size is not None:
+        whole_number(max_shard_size, "max_shard_size", 1, "It counts bytes: 5 * 10**9 for 5 GB.")
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise DeltaError(f"metadata is {in_words(metadata)}. Pass a dict, such as {{'prediction_type': 'ddim_eps'}}.")
     first, names = named_weights(base)
     second, tuned_names = named_weights(tuned)
     _check_pair(first, names, second, tuned_names)
@@ -96,16 +104,16 @@ def compute_delta(
     def final_header() -> dict[str, str]:
         return {**header, "base_hash": run.base_hash}
 
-    if out is None:
+    if target is None:
         written, name = open_weights({name: tensor.clone() for name, tensor in run}), "a computed delta"
     else:
         if max_shard_size is not None:
             index = write_folder(
-                out, specs, iter(run), final_header, max_shard_size=max_shard_size, overwrite=overwrite
+                target, specs, iter(run), final_header, max_shard_size=max_shard_size, overwrite=overwrite
             )
             path = index.parent
         else:
-            path = write_safetensors(out, specs, iter(run), final_header, overwrite=overwrite)
+            path = write_safetensors(target, specs, iter(run), final_header, overwrite=overwrite)
         written, name = open_weights(path), str(path)
     if not round_base:
         run.noise.warn(first.name, second.name)

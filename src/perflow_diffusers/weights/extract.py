@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.arguments import dtype_of, in_words, is_number, path_of, whole_number
 from perflow_diffusers.weights.complete import check_difference
 from perflow_diffusers.weights.errors import DeltaError
 from perflow_diffusers.weights.header_facts import KOHYA_CONFIG, KOHYA_SPELLING, for_new_tensors
@@ -38,6 +39,7 @@ DEFAULT_RANK = 64
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FLOOR = 1e-6  # of the mean moment: an input that was never on must not make the weights of others infinite
 _ROWS = 128
+_ORDER = 'extract_lora(delta, "lora.safetensors", rank=64)'
 _CLEAR = 1e-2  # of the squared norm: losses above this are known from differences of norms, others are measured
 OWN_KEYS = (
     "format",
@@ -74,7 +76,7 @@ def extract_lora(
     oversampling: int = 16,
     power_iterations: int = 2,
     residual: bool = True,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | str = torch.float16,
     seed: int = 0,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -109,15 +111,19 @@ def extract_lora(
     """
     wanted = _checked_rank(rank, energy)
     _check_alpha(alpha)
-    if dtype not in _DTYPES:
-        raise DeltaError(f"dtype={dtype} is nothing that LoRAs are stored in. Pass float16, bfloat16 or float32.")
-    if oversampling < 0 or power_iterations < 0:
-        raise DeltaError(f"oversampling={oversampling}, power_iterations={power_iterations}: both must be 0 or more.")
+    stored = dtype_of(dtype)
+    if stored not in _DTYPES:
+        raise DeltaError(f"dtype={dtype!r} is nothing that LoRAs are stored in. Pass float16, bfloat16 or float32.")
+    whole_number(oversampling, "oversampling", 0, "Usual are 8 to 32.")
+    whole_number(power_iterations, "power_iterations", 0, "Usual are 1 to 4.")
+    whole_number(seed, "seed", 0, "Any will do; the same one gives the same file.")
+    _check_moments(moments)
+    path_of(out, "out", _ORDER)
     source = open_weights(delta)
     weights = as_delta(source, with_text=True)
     names = _checked_names(weights)
     path, rest_path = lora_targets(out, residual, overwrite)
-    job = _Job(wanted, Effort(exact, oversampling, power_iterations), dtype, seed, moments or {}, alpha)
+    job = _Job(wanted, Effort(exact, oversampling, power_iterations), stored, seed, moments or {}, alpha)
     if job.moments and not any(name in job.moments for name in names):
         raise DeltaError(
             f"None of the moments belongs to a tensor of {source.name}. Measure them with the same model."
@@ -164,15 +170,24 @@ class _Job:
         return float(rank) if self.alpha is None else float(self.alpha)
 
 
+def _check_moments(moments: Any) -> None:
+    fine = isinstance(moments, Mapping) and all(isinstance(moment, torch.Tensor) for moment in moments.values())
+    if moments is not None and not fine:
+        raise DeltaError(
+            f"moments is {in_words(moments)}, not a tensor by weight. Pass what "
+            "`measure_moments(pipe, lambda: pipe(prompt))` returns."
+        )
+
+
 def _check_alpha(alpha: float | None) -> None:
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < inf):
+    if alpha is not None and not (is_number(alpha) and 0 < alpha < inf):
         raise DeltaError(f"alpha={alpha!r} is not a positive number. Usual are the rank, its half, or 1.")
 
 
 def _checked_rank(rank: int | None, energy: float | None) -> tuple[int | None, float | None]:
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise DeltaError(f"rank={rank!r} is not a positive integer. Usual are 8 to 128.")
-    if energy is not None and not 0 < energy <= 1:
+    if rank is not None:
+        whole_number(rank, "rank", 1, "Usual are 8 to 128.")
+    if energy is not None and not (is_number(energy) and 0 < energy <= 1):
         raise DeltaError(f"energy={energy!r} is a share of the squared norm: pass a number above 0, up to 1.")
     return (DEFAULT_RANK if rank is None and energy is None else rank), energy
 
@@ -202,7 +217,7 @@ def lora_targets(out: str | os.PathLike, residual: bool, overwrite: bool, *, mak
 
     A folder is made if need be, unless `make` is False.
     """
-    path = Path(out).expanduser()
+    path = path_of(out, "out", _ORDER)
     if path.suffix != ".safetensors":
         if path.is_file():
             raise DeltaError(f"{path} is a file. Pass a folder, or a name that ends in .safetensors.")

@@ -4,11 +4,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from perflow_diffusers.weights.arguments import path_of
 from perflow_diffusers.weights.delta import named_weights
 from perflow_diffusers.weights.plan import ConvIn, check_addable, plan_weights
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of
@@ -75,6 +75,7 @@ def merge_files(
     Raises `MergeError`, `WeightSourceError` or `WeightWriteError` (all ValueErrors), before anything is written; also
     for a sum that overflows. Warns if the weights' dtype keeps less than half of the change.
     """
+    target = path_of(out, "out", 'merge_files(base, delta, "merged.safetensors")')
     model, names = named_weights(base)
     weights = {name: model[key].detach() for name, key in names.items()}
     check_addable(weights)
@@ -82,7 +83,6 @@ def merge_files(
     plan = plan_weights(weights, delta, conv_in=conv_in)
     layer = Layer(0, plan, strength)
     check_sums([layer], {}, weights, plan.edit_of)
-    target = Path(out)
     if target.suffix != ".safetensors":
         check_folder_name(target)
     config = None if target.suffix == ".safetensors" else config_beside(model, weights)

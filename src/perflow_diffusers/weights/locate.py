@@ -8,6 +8,7 @@ from functools import partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
+from perflow_diffusers.weights.arguments import did_you_mean
 from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.json_object import read_object
 from perflow_diffusers.weights.published import PUBLISHED
@@ -87,6 +88,8 @@ def locate(name: str | os.PathLike, where: Where | None = None) -> Located:
     """
     where = where or Where()
     text = os.fspath(name)
+    if not text.strip():
+        raise WeightSourceError("The name of the weights is empty. Pass a file, a folder, a short name or a Hub id.")
     path = Path(text).expanduser()
     if path.exists():
         return _local(path, where)
@@ -99,8 +102,9 @@ def locate(name: str | os.PathLike, where: Where | None = None) -> Located:
         return replace(located, metadata={**place.metadata, **located.metadata})
     if is_local(text):
         raise WeightSourceError(
-            f"No file, folder or known weights are called '{text}' (working folder: {Path.cwd()}). Pass a state dict, "
-            "a .safetensors file, a folder, a Hub id ('owner/name') or a short name: "
+            f"No file, folder or known weights are called '{text}' (working folder: {Path.cwd()}). "
+            f"{did_you_mean(text, SHORT_NAMES)}Pass a state dict, a .safetensors file, a folder, a Hub id "
+            "('owner/name') or a short name: "
             f"{', '.join(sorted(SHORT_NAMES))}."
         )
     return _from_hub(text, where)

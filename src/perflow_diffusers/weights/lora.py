@@ -119,6 +119,7 @@ def as_delta(
     Raises `WeightSourceError` for a LoRA that is damaged, of a kind that cannot be computed, or whose residual is
     missing, and for a DoRA without `on_base`.
     """
+    source = open_weights(source)
     if isinstance(source, Rebuilt):
         return source
     check_detached(source)

@@ -26,6 +26,7 @@ from perflow_diffusers.weights.shown import folded, shorten, shown
 from perflow_diffusers.weights.stack import (
     Backup,
     MergeStack,
+    acting_plans,
     add_permanently,
     check_unchanged,
     drop_unused,
@@ -207,7 +208,7 @@ _LOST = (
 
 
 def merge_delta(
-    pipe_or_unet: Any, source: Any, scale: Scale = 1.0, *, conv_in: ConvIn = "pad", backup: Backup = "cpu"
+    pipe_or_unet: Any, source: Any, scale: Scale | Strength = 1.0, *, conv_in: ConvIn = "pad", backup: Backup = "cpu"
 ) -> MergeHandle:
     """Add a delta to the weights of a UNet, in place, on whatever device they are.
 
@@ -234,10 +235,11 @@ def merge_delta(
     plan = plan_weights(weights, source, conv_in=conv_in)
     stack = stack_of(unet)
     check_unchanged(stack, weights)
-    if any(plan.fingerprint == other.fingerprint for other in _merged_plans(stack)):
+    if any(plan.fingerprint == other.fingerprint for other in acting_plans(stack)):
         warn_user(
-            f"{plan.source.name} is merged into this UNet already; now it counts twice. Use `unmerge_delta` before, "
-            "or `set_delta_scale` to change its strength."
+            f"{plan.source.name} is merged into this UNet already; now it counts twice. Take it out again "
+            "(`unmerge_delta`), or change its strength instead (`set_delta_scale`; `set_perflow_scale` if "
+            "`load_perflow` put it in)."
         )
     if backup == "none":
         number, nbytes = None, 0
@@ -284,10 +286,6 @@ def set_delta_scale(pipe_or_unet: Any, scale: Scale) -> None:
     stack = stack_of(unet)
     _check_mergeable(stack)
     _rescale(unet, stack.layers[-1].number, scale)
-
-
-def _merged_plans(stack: MergeStack) -> list[MergePlan]:
-    return [layer.plan for layer in stack.layers] + stack.permanent
 
 
 def _check_mergeable(stack: MergeStack) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.arguments import in_words
 from perflow_diffusers.weights.plan import find_unet
 from perflow_diffusers.weights.shown import LongDict
 
@@ -20,9 +21,14 @@ def measure_moments(pipe_or_unet: Any, run: Callable[[], object], *, full: bool 
     of x_i^2. With `full`, linear layers get E[x x^T], (in_features, in_features): more faithful, but 100 MiB for a
     layer with 5120 inputs.
 
-    Raises `MergeError` if there is no UNet, ValueError if `run` never called it.
+    Raises `MergeError` if there is no UNet, ValueError if `run` never called it or is no function.
     """
     unet = find_unet(pipe_or_unet)
+    if not callable(run):
+        raise ValueError(
+            f"`run` is {in_words(run)}, not a function. Pass one that draws pictures when it is called: "
+            "`measure_moments(pipe, lambda: pipe(prompts))`."
+        )
     sums: dict[str, tuple[torch.Tensor, int]] = {}
     hooks = []
     try:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.arguments import path_of
 from perflow_diffusers.weights.complete import check_difference
 from perflow_diffusers.weights.delta import DELTA_FORMAT
 from perflow_diffusers.weights.errors import DeltaError
@@ -84,7 +85,7 @@ class ShrinkReport:
 def shrink_delta(
     delta: Any,
     out: str | os.PathLike,
-    dtype: PackedDtype,
+    dtype: PackedDtype | torch.dtype,
     *,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -100,30 +101,37 @@ def shrink_delta(
     are not finite or overflow fp16; `WeightWriteError` for an `out` that cannot be written. An old file there is then
     intact.
     """
+    target = path_of(out, "out", 'shrink_delta(delta, "small.safetensors", "int8")')
     given, run = _packing(delta, dtype, progress)
-    source = run.source
+    source, name = run.source, _named(dtype)
     header = {
         "format": "pt",
         **without_hashes(source.metadata),
-        "perflow_format": INT8_FORMAT if dtype == "int8" else DELTA_FORMAT,
+        "perflow_format": INT8_FORMAT if name == "int8" else DELTA_FORMAT,
         "dtype": ",".join(sorted({dtype_name(kind) for _, kind in run.specs.values()})),
     }
-    path = write_safetensors(out, run.specs, iter(run), header, overwrite=overwrite)
-    return ShrinkReport(path, source.name, dtype, given.nbytes, run.nbytes, run.relative_error, run.errors)
+    path = write_safetensors(target, run.specs, iter(run), header, overwrite=overwrite)
+    return ShrinkReport(path, source.name, name, given.nbytes, run.nbytes, run.relative_error, run.errors)
 
 
-def check_shrink(delta: Any, dtype: PackedDtype) -> str:
+def check_shrink(delta: Any, dtype: PackedDtype | torch.dtype) -> str:
     """One sentence on what `shrink_delta(delta, out, dtype)` writes; reads a few tensors. Raises what it can see."""
     given, run = _packing(delta, dtype, None)
-    return f"{given.name} as {dtype}: {given.nbytes / 2**20:.1f} -> {run.nbytes / 2**20:.1f} MiB"
+    return f"{given.name} as {_named(dtype)}: {given.nbytes / 2**20:.1f} -> {run.nbytes / 2**20:.1f} MiB"
+
+
+def _named(dtype: Any) -> Any:
+    """A dtype of torch by its name, anything else as it is."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 def _packing(
-    delta: Any, dtype: PackedDtype, progress: Callable[[int, int], None] | None
+    delta: Any, dtype: PackedDtype | torch.dtype, progress: Callable[[int, int], None] | None
 ) -> tuple[WeightSource, "_Packing"]:
     """The source as it was given, and what will pack it."""
-    if dtype not in get_args(PackedDtype):
-        raise DeltaError(f"dtype={dtype!r} is unknown. Pass one of {', '.join(get_args(PackedDtype))}.")
+    name = _named(dtype)
+    if name not in get_args(PackedDtype):
+        raise DeltaError(f"dtype={name!r} is unknown. Pass one of {', '.join(get_args(PackedDtype))}.")
     given = open_weights(delta)
     source = as_delta(checked_delta(given))
     names, collisions = keys.canonical_map(source)
@@ -133,7 +141,7 @@ def _packing(
     if wrong:
         raise DeltaError(f"{source.name} holds tensors that are not floating point: {keys.grouped(wrong)}.")
     check_difference(source, names)
-    return given, _Packing(source, names, dtype, progress)
+    return given, _Packing(source, names, name, progress)
 
 
 def quantise(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from perflow_diffusers.weights.arguments import is_number
 from perflow_diffusers.weights.errors import MergeError
+from perflow_diffusers.weights.notices import warn_user
 from perflow_diffusers.weights.shown import shown
 
 #: One number, or numbers by block: see `strength_of`.
 Scale = float | Mapping[str, Any]
 
 _SIDES = {"down": "down_blocks", "up": "up_blocks"}
+_USUAL = (-1.0, 2.0)
 _KOHYA = re.compile(r"(IN|M|OUT)\d\d")
 
 
@@ -51,9 +54,14 @@ def strength_of(scale: Any, names: Iterable[str]) -> Strength:
     "up_blocks.1.attentions" or "conv_in". What is named more closely wins; what is not named keeps 1.
 
     Raises `MergeError` for a name that the model has not, with the choices, and for what is not a finite number.
+    Warns of a number below -1 or above 2. A `Strength` is returned as it is.
     """
+    if isinstance(scale, Strength):
+        return scale
     if not isinstance(scale, Mapping):
-        return Strength(_number(scale, "scale"))
+        number = _number(scale, "scale")
+        _warn_if_far(scale, number)
+        return Strength(number)
     tree = _Tree(names)
     if not tree.prefixes:
         raise MergeError(f"scale={scale!r:.60} is by block. Here it is one number, for all blocks of a source.")
@@ -64,7 +72,23 @@ def strength_of(scale: Any, names: Iterable[str]) -> Strength:
                 raise MergeError(
                     f"scale names {name} twice, as {parts[name]:g} and as {number:g} ({key!r}). Keep one."
                 )
+    _warn_if_far(dict(scale), *parts.values())
     return Strength(dict(scale), parts)
+
+
+def _warn_if_far(scale: Any, *numbers: float) -> None:
+    """No refusal: as in diffusers any number goes, negative ones too, and experiments are none of our business.
+
+    But 2 is the whole delta twice and -1 takes it out of weights that it is in; what is beyond is a slip far more
+    often than a wish (a percentage, an alpha, a guidance scale).
+    """
+    far = [number for number in numbers if not _USUAL[0] <= number <= _USUAL[1]]
+    if far:
+        warn_user(
+            f"scale={scale!r:.80} is far from what makes pictures: 1 is the whole delta, 0 none of it, and {far[0]:g} "
+            f"is {abs(far[0]):g} times {'its opposite' if far[0] < 0 else 'as much'}. If it was meant in per cent, "
+            "divide it by 100."
+        )
 
 
 def parse_scale(text: str) -> Scale:
@@ -176,13 +200,17 @@ class _Tree:
 _LAYERS = ("resnets", "attentions", "motion_modules")
 
 
+def _quoted(value: Any) -> str:
+    return ", but text" if isinstance(value, str) else ""
+
+
 def _number(value: Any, what: str) -> float:
     """A strength as a float; raises `MergeError` if it is not a finite number."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = float(value) if is_number(value) else math.nan
     if not math.isfinite(number):
         name = "scale" if what == "scale" else f"scale of {what}"
-        raise MergeError(f"{name}={value!r} is not a finite number. Pass 1.0 for the full delta, 0.5 for half of it.")
+        raise MergeError(
+            f"{name}={value!r} is not a finite number{_quoted(value)}. "
+            "Pass 1.0 for the full delta, 0.5 for half of it."
+        )
     return number

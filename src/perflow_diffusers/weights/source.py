@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from perflow_diffusers.weights import keys
+from perflow_diffusers.weights.arguments import in_words
 from perflow_diffusers.weights.errors import WeightSourceError
 from perflow_diffusers.weights.json_object import parsed
 from perflow_diffusers.weights.live import check_runs_on_its_weights, live_weights, unwrapped
@@ -181,9 +182,15 @@ def _opened(anything: Any, where: "HubOptions") -> WeightSource:
     module = anything if isinstance(anything, torch.nn.Module) else getattr(anything, "unet", None)
     if isinstance(module, torch.nn.Module):
         return _from_module(module)
+    files = getattr(anything, "files", None)
+    if isinstance(files, Mapping) and files and not isinstance(anything, type):
+        raise WeightSourceError(
+            f"Cannot read weights from {in_words(anything)} as a whole. Pass one of its files, such as "
+            f"`artifact.files[{next(iter(files))!r}]`, or the artefact itself to `load_perflow`."
+        )
     raise WeightSourceError(
-        f"Cannot read weights from {type(anything).__name__}. Pass a state dict, a .safetensors file, a folder, a "
-        f"short name ({', '.join(sorted(SHORT_NAMES))}), a Hub id, a UNet or a pipeline."
+        f"Cannot read weights from {in_words(anything)}. Pass a state dict, a .safetensors file, a folder, a "
+        f"short name ({', '.join(sorted(SHORT_NAMES))}), a Hub id, a UNet or a pipeline that is loaded."
     )
 
 

@@ -87,6 +87,12 @@ def layer_of(unet: torch.nn.Module, number: int) -> Layer | None:
     return next((layer for layer in stack_of(unet).layers if layer.number == number), None)
 
 
+def acting_plans(stack: MergeStack) -> list[MergePlan]:
+    """What is merged at another strength than 0, for good or not."""
+    on = [one.plan for one in stack.layers if any(one.strength.of(name) for name in one.plan.edit_of)]
+    return on + stack.permanent
+
+
 def is_lost(unet: torch.nn.Module, number: int) -> bool:
     """Whether a merge is in the weights, but was pickled with them, so that nothing can undo it."""
     return number in stack_of(unet).lost
