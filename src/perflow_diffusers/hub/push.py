@@ -17,6 +17,7 @@ from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.find import CARD, SETTINGS, artifact_in, from_folder
 from perflow_diffusers.weights.arguments import in_words, path_of
 from perflow_diffusers.weights.repository import PATIENCE, explained
+from perflow_diffusers.weights.shown import shorten, shown
 from perflow_diffusers.weights.where import Where
 
 #: Said where a push would fail for want of a token.
@@ -72,6 +73,7 @@ def push_perflow(
     return str(done.pr_url or done.commit_url)
 
 
+@shown
 @dataclass(frozen=True)
 class PushPlan:
     """What `push_perflow` would upload: `files` of `folder`, and the `card` as it would be there."""
@@ -81,6 +83,9 @@ class PushPlan:
     files: tuple[str, ...]
     card: hub.ModelCard = field(repr=False)
     has_token: bool
+
+    def __post_init__(self) -> None:
+        shorten(self)
 
     @property
     def licence(self) -> str:

@@ -14,7 +14,7 @@ from perflow_diffusers.weights.lora_kin import kin_shape, split_kin
 from perflow_diffusers.weights.lora_layers import lora_layers, named_tensors
 from perflow_diffusers.weights.lora_names import KIN_ROLES
 from perflow_diffusers.weights.original_file import ema_names, unet_names
-from perflow_diffusers.weights.shown import LongDict, aligned, html_facts, shorten, shown, size_in_words
+from perflow_diffusers.weights.shown import LongDict, LongTuple, aligned, html_facts, shorten, shown, size_in_words
 from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class WeightsInfo:
         return LongDict(asdict(self))
 
     @property
-    def facts(self) -> list[tuple[str, str]]:
+    def facts(self) -> tuple[tuple[str, str], ...]:
         """Names and values for people."""
         size = f"{self.tensors} tensors, {self.parameters / 1e6:.2f} M numbers, {size_in_words(self.nbytes)}"
         rows = [
@@ -81,7 +81,7 @@ class WeightsInfo:
         ]
         if self.ranks:
             rows.append(("ranks", ", ".join(f"{rank} ({count} layers)" for rank, count in self.ranks.items())))
-        return rows + [(key, str(value)) for key, value in self.settings.items()]
+        return LongTuple(rows + [(key, str(value)) for key, value in self.settings.items()])
 
     def __str__(self) -> str:
         return "\n".join([self.name, *aligned(self.facts)])
