@@ -212,3 +212,18 @@ def test_what_training_wrote_is_found_by_its_folder(artifact, perflow, tmp_path)
     inner, outer = (json.loads(perflow("info", place, "--json").output) for place in (artifact, product))
     assert outer["settings"] == inner["settings"] and outer["sizes"] == inner["sizes"]
     assert PeRFlowArtifact.from_folder(product).folder == product / "artifact"
+
+
+def test_a_push_goes_to_the_repository_of_an_address(artifact, perflow, nobody_logged_in):
+    for address in ("https://huggingface.co/me/cli", "hf.co/me/cli/tree/main"):
+        result = perflow("push", artifact, address, "--dry-run")
+        assert result.exit_code == 0 and f"{artifact} as me/cli, licence" in result.output
+        assert "nothing was pushed to me/cli." in result.output
+    for address, said in (
+        ("https://huggingface.co/me/cli/tree/main/unet", "Pass the repository itself, 'me/cli'"),
+        ("https://huggingface.co/datasets/me/cli", "is not the address of a model"),
+    ):
+        result = perflow("push", artifact, address, "--dry-run")
+        assert result.exit_code == 2 and said in " ".join(result.output.split())
+    result = perflow("push", artifact, "https://huggingface.co/me/cli/tree/v1", "--revision", "v2", "--dry-run")
+    assert result.exit_code == 2 and "Say it once" in result.output

@@ -196,7 +196,7 @@ def prefixed(where, name):
 
 def diff_command(owner, **where):
     out = fresh()
-    base = "me/unets" if owner == "me" else "private/unets"
+    base = "private/unets" if owner == "private" else "me/unets"
     run("diff", base, f"{owner}/unets", out, **prefixed(where, "tuned"))
     return number_of(open_weights(out)) + 1
 
@@ -278,6 +278,13 @@ def test_the_cache_can_be_chosen_used_alone_and_filled_again(hub, name):
     assert len(hub.requests) == before
     DOORS[name]("me", force_download=True, **where)
     assert any(method == "GET" and path.endswith((".safetensors", ".json")) for method, path in hub.requests[before:])
+
+
+@pytest.mark.parametrize("start", ["https://huggingface.co/", "hf.co/"])
+@pytest.mark.parametrize("name", NUMBERED)
+def test_every_door_takes_an_address_out_of_a_browser(hub, name, start):
+    assert int(DOORS[name](f"{start}me")) == 1
+    assert int(DOORS[name](f"{start}me", revision="v2")) == 3
 
 
 @pytest.mark.parametrize("name", ["open_weights", "describe_weights", "compute_delta"])

@@ -115,6 +115,7 @@ DOORS = {
     "Wonder3DPipeline": lambda: Wonder3DPipeline.from_pretrained("some/id"),
     "training": lambda: load_pipeline(TrainingConfig(pretrained_model_name_or_path="some/id", output_dir="out")),
     "open_studio": lambda: opened("some/id"),
+    "open_studio of an address": lambda: opened("https://huggingface.co/some/id"),
     "open_studio of a file": lambda: opened(an_original_file()),
     "open_studio with an accelerator": lambda: opened("pipe", "some/id"),
     "perflow info": lambda: perflow("info", "some/id"),
@@ -136,6 +137,13 @@ def test_the_hub_is_asked_once_and_the_way_out_is_said(nowhere, name):
     assert text.count("the network") <= 1 and "Traceback" not in text
     assert nowhere.count <= 1
     assert not Path("out.safetensors").exists() and not Path("lora").exists()
+
+
+@pytest.mark.parametrize("more", ["tree/v2", "tree/main/unet", "blob/main/unet/diffusion_pytorch_model.safetensors"])
+def test_a_studio_takes_whole_pipelines_of_the_main_branch(nowhere, more):
+    with pytest.raises(ValueError, match=r"hf download some/id.* --local-dir FOLDER"):
+        open_studio(f"https://huggingface.co/some/id/{more}", device="cpu")
+    assert nowhere.count == 0
 
 
 def test_a_copy_needs_the_network(nowhere):

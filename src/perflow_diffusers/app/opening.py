@@ -10,7 +10,7 @@ from perflow_diffusers.app.studio import Studio
 from perflow_diffusers.weights import WeightSourceError, open_weights
 from perflow_diffusers.weights.locate import is_local
 from perflow_diffusers.weights.repository import reached
-from perflow_diffusers.weights.where import Where
+from perflow_diffusers.weights.where import Where, pasted
 
 OFFLOADS = ("model", "sequential")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -42,6 +42,7 @@ def open_studio(
     if model in ("miniature", "avatars", "disco"):
         tell("Loading the miniature")
         return Studio.miniature("avatars" if model == "miniature" else model)
+    model = _repository(model)
     chosen = _device(device)
     if offload is not None and offload not in OFFLOADS:
         raise OpeningError(f"`offload={offload!r}` is unknown. Choose one of {', '.join(OFFLOADS)}.")
@@ -83,6 +84,20 @@ def _device(device: str | None) -> str:
         found = ", ".join(name for name, is_there in there.items() if is_there)
         raise OpeningError(f"The device {device!r} is not there. Choose from: {found}.")
     return device
+
+
+def _repository(model: str) -> str:
+    """The Hub id in an address that was copied out of a browser; any other name as it is."""
+    if Path(model).expanduser().exists():
+        return model
+    repo_id, where = pasted(model, Where())
+    if where.subfolder or where.variant or where.revision not in (None, "main"):
+        revision = f" --revision {where.revision}" if where.revision not in (None, "main") else ""
+        raise OpeningError(
+            f"{model} is a part or a revision of {repo_id}, and pipelines are drawn with as a whole, from the main "
+            f"branch. For others: `hf download {repo_id}{revision} --local-dir FOLDER`, and pass that folder."
+        )
+    return repo_id
 
 
 def _load(model: str, dtype: torch.dtype) -> Any:

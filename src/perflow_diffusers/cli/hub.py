@@ -81,11 +81,11 @@ def push(
 
     with failing("push"):
         if dry_run:
-            plan = plan_push(folder, repo_id, licence=licence)
+            plan = plan_push(folder, repo_id, licence=licence, revision=revision)
             typer.echo(str(plan))
             if not plan.has_token:
                 typer.echo(f"perflow push: note: {NO_TOKEN}", err=True)
-            typer.echo(f"Dry run: nothing was pushed to {repo_id}.")
+            typer.echo(f"Dry run: nothing was pushed to {plan.repo_id}.")
             return
         url = push_perflow(
             folder,

@@ -15,10 +15,11 @@ from perflow_diffusers.hub.documents import read_json
 from perflow_diffusers.hub.errors import ArtifactError, PushError
 from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.find import CARD, SETTINGS, artifact_in, from_folder
+from perflow_diffusers.weights import WeightSourceError
 from perflow_diffusers.weights.arguments import in_words, path_of
 from perflow_diffusers.weights.repository import PATIENCE, explained
 from perflow_diffusers.weights.shown import shorten, shown
-from perflow_diffusers.weights.where import Where
+from perflow_diffusers.weights.where import Where, pasted
 
 #: Said where a push would fail for want of a token.
 NO_TOKEN = "nobody is logged in here. Run `hf auth login` with a token that may write, or set HF_TOKEN."
@@ -54,7 +55,8 @@ def push_perflow(
     Raises `PushError` (a ValueError) for what `plan_push` refuses, if nobody is logged in, or if the Hub refuses.
     The token goes to huggingface_hub only.
     """
-    plan = plan_push(folder, repo_id, licence=licence, token=token)
+    plan = plan_push(folder, repo_id, licence=licence, revision=revision, token=token)
+    repo_id, revision = plan.repo_id, plan.revision
     if not plan.has_token:
         raise PushError(f"'{repo_id}' was not published: {NO_TOKEN}")
     api = hub.HfApi(token=token, library_name="perflow-diffusers")
@@ -83,6 +85,7 @@ class PushPlan:
     files: tuple[str, ...]
     card: hub.ModelCard = field(repr=False)
     has_token: bool
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         shorten(self)
@@ -101,19 +104,29 @@ class PushPlan:
 
 
 def plan_push(
-    folder: str | os.PathLike, repo_id: str, *, licence: str | None = None, token: str | bool | None = None
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    licence: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> PushPlan:
     """All that `push_perflow` checks before it uploads anything. The Hub is asked for the base's licence alone, and
-    only if nothing else names one.
+    only if nothing else names one. `repo_id` may be the address of the repository, as copied out of a browser.
 
     Raises `PushError` (a ValueError) for a folder that is not publishable, a repository's name that cannot be one, or
     a missing licence.
     """
-    options({"token": token})
     order = 'push_perflow(folder, "owner/name")'
     path = artifact_in(path_of(folder, "folder", order, PushError))
     if not isinstance(repo_id, str) or not repo_id.strip():
         raise PushError(f"repo_id is {in_words(repo_id)}, where the name of a repository belongs: {order}.")
+    try:
+        repo_id, place = pasted(repo_id, options({"token": token, "revision": revision}))
+    except WeightSourceError as error:
+        raise PushError(str(error)) from None
+    if place.subfolder or place.variant:
+        raise PushError(f"The address is of a part of '{repo_id}'. Pass the repository itself, '{repo_id}'.")
     try:
         validate_repo_id(repo_id)
     except hub.errors.HFValidationError as error:
@@ -121,7 +134,7 @@ def plan_push(
     files = _files(path)
     card = _card(path, repo_id, licence, hub.HfApi(token=token, library_name="perflow-diffusers"))
     known = bool(token) if token is False or isinstance(token, str) else hub.get_token() is not None
-    return PushPlan(path, repo_id, tuple(files), card, known)
+    return PushPlan(path, repo_id, tuple(files), card, known, place.revision)
 
 
 def _files(folder: Path) -> list[str]:
