@@ -267,7 +267,7 @@ def test_a_scale_far_from_any_use_is_warned_of_once_and_before_anything_changes(
     pf.unload_perflow(pipe)
 
 
-@pytest.mark.parametrize("scale", [0, 0.5, 1.5, 2, -1, {"down": 1.2, "mid": -0.5}])
+@pytest.mark.parametrize("scale", [0, 0.5, 1.5, 3, -1, {"down": 1.2, "mid": -0.5}])
 def test_a_scale_that_people_use_is_not(scale, pipe):
     pf.merge_delta(pipe, "miniature", scale).undo()
 

@@ -84,7 +84,7 @@ def test_a_whole_published_pipeline_is_no_accelerator_for_another_one():
 def test_a_pipeline_with_perflow_in_its_weights_takes_no_second_one(accelerators):
     pipe = make_pipe("sd")
     pipe.register_to_config(_name_or_path="hansyan/perflow-sd15-disney")
-    with pytest.raises(ArtifactError, match="in its weights already"):
+    with pytest.raises(ArtifactError, match="in this pipeline's weights already"):
         load_perflow(pipe, accelerators["sd"].folder)
 
 

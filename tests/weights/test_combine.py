@@ -169,6 +169,7 @@ def test_text_encoder_layers_in_a_delta_are_named(unet, delta, factors, tmp_path
         combine([delta, lora], tmp_path / "c.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:scale=.* is far from")
 def test_sources_that_do_not_fit_together(unet, make_unet, delta, factors, tmp_path):
     out = tmp_path / "c.safetensors"
     lora = load_file(write_diffusers(tmp_path / "l.safetensors", factors))

@@ -270,7 +270,7 @@ def test_index_is_json_that_diffusers_reads(pair, tmp_path):
         compute_delta(*pair, tmp_path / "e", max_shard_size=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, "float16", torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int8, "int4", torch.complex64])
 def test_dtypes_that_hold_no_difference(pair, tmp_path, dtype):
     with pytest.raises(DeltaError, match="cannot hold a difference"):
         compute_delta(*pair, tmp_path / "delta.safetensors", dtype=dtype)

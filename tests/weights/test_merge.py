@@ -386,6 +386,7 @@ def test_scale_must_be_finite(unet, delta, bits, same, scale):
     assert same(bits(unet), before)
 
 
+@pytest.mark.filterwarnings("ignore:scale=.* is far from")
 def test_overflow_is_refused(make_unet, make_delta, bits, same):
     unet = make_unet(torch.float16)
     before = bits(unet)

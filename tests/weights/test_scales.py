@@ -28,6 +28,7 @@ def test_sides_and_the_rest(unet):
         assert number == sides.get(name.split(".")[0], 1), name
 
 
+@pytest.mark.filterwarnings("ignore:scale=.* is far from")
 def test_nested_as_in_diffusers(unet):
     """diffusers' own expansion of the same mapping is the judge for what it covers: attention layers."""
     from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
@@ -42,6 +43,7 @@ def test_nested_as_in_diffusers(unet):
     assert found["up_blocks.0.upsamplers.0.conv.weight"] == 4 and found["conv_in.weight"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:scale=.* is far from")
 def test_the_closer_name_wins_in_any_order(unet):
     scale = {"up_blocks.1.attentions.0": 0.25, "up": 0, "up_blocks.1": 0.5, "conv_in.bias": 3}
     for given in (scale, dict(reversed(scale.items()))):
@@ -51,6 +53,7 @@ def test_the_closer_name_wins_in_any_order(unet):
         assert found["conv_in.bias"] == 3 and found["conv_in.weight"] == 1 and found["conv_out.weight"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:scale=.* is far from")
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_the_web_uis_counting_is_that_of_the_original_code(make_unet, kind):
     """SD 1.x: twelve input and output blocks; SDXL: nine. Original names come from the table of LoRA names."""

@@ -202,7 +202,7 @@ def test_odd_state_dicts():
         open_weights({"w": torch.ones(1), "step": 3})
     with pytest.raises(WeightSourceError, match="offloaded"):
         open_weights(torch.nn.Linear(2, 2, device="meta"))
-    with pytest.raises(WeightSourceError, match="NoneType"):
+    with pytest.raises(WeightSourceError, match="Cannot read weights from None"):
         open_weights(None)
 
 

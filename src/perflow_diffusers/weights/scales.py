@@ -16,7 +16,7 @@ from perflow_diffusers.weights.shown import shown
 Scale = float | Mapping[str, Any]
 
 _SIDES = {"down": "down_blocks", "up": "up_blocks"}
-_USUAL = (-1.0, 2.0)
+_FAR = 3.0
 _KOHYA = re.compile(r"(IN|M|OUT)\d\d")
 
 
@@ -54,7 +54,7 @@ def strength_of(scale: Any, names: Iterable[str]) -> Strength:
     "up_blocks.1.attentions" or "conv_in". What is named more closely wins; what is not named keeps 1.
 
     Raises `MergeError` for a name that the model has not, with the choices, and for what is not a finite number.
-    Warns of a number below -1 or above 2. A `Strength` is returned as it is.
+    Warns of a number below -3 or above 3. A `Strength` is returned as it is.
     """
     if isinstance(scale, Strength):
         return scale
@@ -79,10 +79,10 @@ def strength_of(scale: Any, names: Iterable[str]) -> Strength:
 def _warn_if_far(scale: Any, *numbers: float) -> None:
     """No refusal: as in diffusers any number goes, negative ones too, and experiments are none of our business.
 
-    But 2 is the whole delta twice and -1 takes it out of weights that it is in; what is beyond is a slip far more
-    often than a wish (a percentage, an alpha, a guidance scale).
+    But beyond 3 there is noise: on the miniature, four steps have a pixel error of 0.025 at 1, 0.09 at 1.5, 0.10 at 0,
+    0.33 at 2, and 0.63 at 3 as at 100. Such a number is a slip (a percentage, an alpha, a guidance).
     """
-    far = [number for number in numbers if not _USUAL[0] <= number <= _USUAL[1]]
+    far = [number for number in numbers if abs(number) > _FAR]
     if far:
         warn_user(
             f"scale={scale!r:.80} is far from what makes pictures: 1 is the whole delta, 0 none of it, and {far[0]:g} "
