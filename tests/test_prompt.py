@@ -142,6 +142,13 @@ def test_long_dicts_and_tuples_are_dicts_and_tuples_in_all_but_their_looks():
     assert int(re.search(r"(\d+) more", repr(long))[1]) + repr(long).count("<tensor") == 300
     assert list(pickle.loads(pickle.dumps(long))) == list(copy.deepcopy(long)) == list(plain)
     assert json.dumps(LongDict(a=1)) == '{"a": 1}' and repr(LongDict(a=1)) == "{'a': 1}" and repr(LongDict()) == "{}"
+    fixed = pf.open_weights("miniature").shapes
+    assert fixed == dict(fixed) and pickle.loads(pickle.dumps(fixed)) == copy.deepcopy(fixed) == fixed
+    for change in (lambda: fixed.update(a=1), lambda: fixed.pop("conv_in.bias"), fixed.clear, fixed.popitem):
+        with pytest.raises(TypeError, match="read-only"):
+            change()
+    with pytest.raises(TypeError):
+        fixed["conv_in.bias"] = ()
     names = LongTuple(plain)
     assert names == tuple(plain) and hash(names) == hash(tuple(plain)) and short(repr(names))
     assert repr(LongTuple("a")) == "('a',)" and repr(LongTuple()) == "()" and repr(LongTuple((1, 2))) == "(1, 2)"

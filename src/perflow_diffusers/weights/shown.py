@@ -92,6 +92,18 @@ class LongDict(dict):
         return _first("{}", (f"{brief(key)}: {brief(value)}" for key, value in self.items()), len(self))
 
 
+class FixedDict(LongDict):
+    """The same, and nobody can change it: TypeError, as of a `mappingproxy`."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("This dict is read-only. `dict(it)` is a copy that can be changed.")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple:
+        return FixedDict, (dict(self),)
+
+
 class LongTuple(tuple):
     """A tuple that shows its first entries and how many there are; `list(it)` shows all."""
 
@@ -106,7 +118,7 @@ def _first(brackets: str, entries: Iterable[str], count: int) -> str:
     line, lines, number = brackets[0], [], 0
     for number, entry in enumerate(entries, start=1):
         end = brackets[1] if number == count else ","
-        if len(line) + len(entry) > WIDTH - 18 and len(line) > 1:  # room for "mappingproxy(" and the end
+        if len(line) + len(entry) > WIDTH - 18 and len(line) > 1:  # room for the end
             lines.append(line)
             line = ""
         if len(lines) == LINES - 2:
@@ -122,7 +134,7 @@ def shorten(thing: Any) -> None:
         if type(value) is dict:
             short: Any = LongDict(value)
         elif type(value) is MappingProxyType:
-            short = MappingProxyType(LongDict(value))
+            short = FixedDict(value)  # notebooks print all of a mappingproxy
         elif type(value) is tuple:
             short = LongTuple(value)
         else:
