@@ -13,7 +13,7 @@ from perflow_diffusers import compute_delta, load_miniature
 from perflow_diffusers.miniature import miniature_folder
 from perflow_training.compiling import can_compile
 from perflow_training.config import TrainingConfig
-from perflow_training.product import recipe
+from perflow_training.product import header, recipe
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["max_train_steps=2", "logging_steps=1", "buffer_size=16", "solve_batch_size=8", "train_batch_size=4",
@@ -80,6 +80,19 @@ def test_a_recipe_says_names_only(tmp_path):
         assert said["pretrained_model_name_or_path"] == "owner/model"
         assert "output_dir" not in said and str(tmp_path) not in json.dumps(said)
         assert {"learning_rate", "solver", "num_time_windows"} <= set(said)
+
+
+def test_a_base_that_is_no_longer_at_its_path_is_named_only(tmp_path):
+    """As in an export on another machine; a Hub id is the one name that says something to others."""
+    for name, base_model, base in (
+        (str(tmp_path / "gone" / "teacher"), None, "teacher"),
+        ("runs/gone/teacher", None, "teacher"),
+        ("owner/model", "owner/model", "owner/model"),
+    ):
+        config = TrainingConfig(pretrained_model_name_or_path=name, train_captions="captions.txt")
+        said = header(config, miniature_folder() / "avatars")
+        assert (said.get("base_model"), said["base"]) == (base_model, base)
+        assert str(tmp_path) not in json.dumps(said)
 
 
 def test_weights_in_memory_have_no_name_in_a_header(tmp_path):

@@ -22,6 +22,7 @@ from perflow_diffusers.weights.writer import drop_shards, make_folder, write_fol
 
 from .base import MODEL_INDEX, Base, base_in_folder, loaded_base
 from .config import FORMS, ConfigError, TrainingConfig
+from .data.options import SOURCES
 from .lazy import as_source, read_afresh
 from .places import URL
 from .student import build_student, check_trained, trained
@@ -83,7 +84,7 @@ def folder_of(pipe: DiffusionPipeline) -> Path | None:
 def open_base(config: TrainingConfig, folder: str | Path | None = None) -> Base:
     """The teacher for `write_products`; `folder` as in `load_pipeline`, and ConfigError for the same reasons."""
     name = config.pretrained_model_name_or_path
-    title = Path(name).name if Path(name).exists() else name  # a path says nothing to others
+    title = _last_name(name)
     for place in (folder, name):
         if place is not None and (Path(place) / MODEL_INDEX).is_file():
             found = base_in_folder(Path(place), config.variant, title)
@@ -144,8 +145,7 @@ def write_products(
 
 #: options of the run on its machine, and those that can name a place on it
 PRIVATE = ("output_dir", "resume_from_checkpoint", "report_to", "tracker_project_name", "product")
-PLACES = ("pretrained_model_name_or_path", "train_data_dir", "train_captions", "train_cache_dir", "train_shards")
-PLACES += ("dataset_name", "dataset_files")
+PLACES = ("pretrained_model_name_or_path", *SOURCES, "dataset_files", "train_cache_dir")
 
 
 def header(config: TrainingConfig, base: DiffusionPipeline | Path) -> dict[str, Any]:
@@ -153,14 +153,14 @@ def header(config: TrainingConfig, base: DiffusionPipeline | Path) -> dict[str, 
     scale = config.solve_guidance
     name = config.pretrained_model_name_or_path
     metadata: dict[str, Any] = {
-        "base_model": None if Path(name).exists() else name,  # a Hub id; a path says nothing to others
+        "base_model": None if _is_local(name) else name,  # a Hub id; a path says nothing to others
         "prediction_type": config.prediction_type,
         "num_time_windows": config.window_count,
         "window_boundaries": config.window_boundaries,
         "recommended_steps": config.recommended_steps,
         "guidance_scale": 0.0 if scale is None else scale,
         "recommended_guidance_scale": None if scale is None else 1.0,
-        "base": Path(name).name if Path(name).exists() else name,
+        "base": _last_name(name),
         "recipe": recipe(config),
         **base_facts(base),
     }
@@ -189,9 +189,13 @@ def _last_name(place: str) -> str:
     if URL.match(place):
         parts = urlsplit(place)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return Path(place).name if _is_local(place) else place
+
+
+def _is_local(place: str) -> bool:
+    """Whether a name is a path, be it here or, as for an export elsewhere, no longer; a Hub id has two parts."""
     path = Path(place)
-    is_local = path.exists() or path.is_absolute() or len(path.parts) > 2 or place.startswith(("~", "."))
-    return path.name if is_local else place
+    return path.exists() or path.is_absolute() or len(path.parts) > 2 or place.startswith(("~", "."))
 
 
 def _write_student(unet: nn.Module, weights: WeightSource, folder: Path) -> Path:

@@ -188,7 +188,8 @@ class Studio:
             self._stock = False
             if self.second is None and self._scale != 0:
                 self._rescale(self._scale)
-            assert self.pipe.unet is unet
+            if self.pipe.unet is not unet:
+                raise RuntimeError("The comparison left another UNet in the pipeline. Load the model again.")
 
     _stock = False
 

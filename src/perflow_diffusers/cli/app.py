@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from perflow_diffusers.cli.terminal import failing
+from perflow_diffusers.cli.terminal import failing, note
 
 
 def app_command(
@@ -43,7 +43,7 @@ def app_command(
         from perflow_diffusers.app.server import LOOPBACK, serve
 
         if host not in LOOPBACK:
-            typer.echo(f"perflow app: note: everyone who reaches {host} can use this page.", err=True)
+            note("app", f"everyone who reaches {host} can use this page.")
         try:
             serve(
                 model,

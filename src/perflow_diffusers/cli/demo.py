@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from perflow_diffusers.cli.terminal import failing
+from perflow_diffusers.cli.terminal import failing, note
 
 
 def demo(
@@ -38,7 +38,7 @@ def demo(
         transformers.logging.set_verbosity_error()  # it names what is not installed and not needed
         demonstration.check_output(out)
         for sentence in demonstration.remarks(prompts or ()):
-            typer.echo(f"perflow demo: note: {sentence}", err=True)
+            note("demo", sentence)
         typer.echo("Drawing with the embedded miniature (32 x 32 pictures, 1.9 M parameters).")
         rows = demonstration.draw_rows(prompts, columns, seed, on_row=lambda row: typer.echo(f"  {row.label}"))
         partial = out.with_name(f".{out.name}.partial")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from perflow_diffusers.cli.terminal import failing
+from perflow_diffusers.cli.terminal import failing, note
 
 
 def draw(
@@ -62,7 +62,7 @@ def draw(
         if studio.is_miniature:
             sentence = unknown_words_sentence(prompt, studio.model)
             if sentence:
-                typer.echo(f"perflow draw: note: {sentence}", err=True)
+                note("draw", sentence)
         studio.pipe.set_progress_bar_config(disable=True if studio.is_miniature else None, leave=False)
         studio.prepare_thread()
         for number in range(n):
@@ -74,7 +74,7 @@ def draw(
             )
             drawing = studio.draw(settings)
             for text in drawing.notes:
-                typer.echo(f"perflow draw: note: {text}", err=True)
+                note("draw", text)
             path = _write(to_png(enlarge(drawing.picture), settings, studio.about), out or Path(_named(prompt)))
             typer.echo(str(path))
 

@@ -18,7 +18,7 @@ PACKAGES = (
     "peft",
     "gradio",
 )
-#: variables that change how the Hub and torch behave; only whether they are set is said of a token
+#: variables that change how the Hub and torch behave
 VARIABLES = (
     "HF_HUB_OFFLINE",
     "HF_ENDPOINT",

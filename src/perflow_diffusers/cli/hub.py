@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from perflow_diffusers.cli.terminal import check_out, failing, replacing
+from perflow_diffusers.cli.terminal import check_out, failing, note, replacing
 from perflow_diffusers.cli.where import with_hub_options
 
 
@@ -84,7 +84,7 @@ def push(
             plan = plan_push(folder, repo_id, licence=licence, revision=revision)
             typer.echo(str(plan))
             if not plan.has_token:
-                typer.echo(f"perflow push: note: {NO_TOKEN}", err=True)
+                note("push", NO_TOKEN)
             typer.echo(f"Dry run: nothing was pushed to {plan.repo_id}.")
             return
         url = push_perflow(

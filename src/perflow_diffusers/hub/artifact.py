@@ -80,7 +80,7 @@ class PeRFlowArtifact:
         has = ", ".join(self.files) or "no weights"
         return folded(
             f"<PeRFlowArtifact {self.name or 'without a name'}: {self.prediction_type}, {self.num_time_windows} "
-            f"windows, steps {self._steps}{guidance}; base {self.base_model or 'not said'}; {has}>"
+            f"windows, steps {self.steps_in_words}{guidance}; base {self.base_model or 'not said'}; {has}>"
         )
 
     def _repr_html_(self) -> str:
@@ -93,7 +93,7 @@ class PeRFlowArtifact:
         rows = {
             "prediction type": self.prediction_type,
             "time windows": f"{self.num_time_windows}{boundaries}",
-            "recommended steps": self._steps,
+            "recommended steps": self.steps_in_words,
             "recommended guidance": self.guidance_scale,
             "guidance in training": self.solve_guidance,
             "base": self.base_model,
@@ -104,7 +104,8 @@ class PeRFlowArtifact:
         return LongDict({name: value for name, value in rows.items() if value is not None})
 
     @property
-    def _steps(self) -> str:
+    def steps_in_words(self) -> str:
+        """The recommended numbers of steps: "4 or 8"."""
         return " or ".join(map(str, self.recommended_steps or (self.steps,)))
 
     @property

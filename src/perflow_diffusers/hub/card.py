@@ -34,8 +34,8 @@ def artifact_card(
     lines = [
         f"# {_title(source)}",
         "",
-        f"An accelerator for {_base(artifact)}: pictures in {_steps(artifact)} steps, trained as piecewise rectified "
-        f"flow ([PeRFlow]({PAPER})).",
+        f"An accelerator for {_base(artifact)}: pictures in {artifact.steps_in_words} steps, trained as piecewise "
+        f"rectified flow ([PeRFlow]({PAPER})).",
         "",
         *_pictures(samples),
         "## Use",
@@ -151,10 +151,6 @@ def _guidance(artifact: "PeRFlowArtifact") -> float:
     return 1.0 if (artifact.solve_guidance or 0) > 1 else 4.5
 
 
-def _steps(artifact: "PeRFlowArtifact") -> str:
-    return " or ".join(map(str, artifact.recommended_steps or (artifact.steps,)))
-
-
 def _pictures(samples: Sequence[tuple[str, str]]) -> list[str]:
     return [line for prompt, path in samples for line in (f"![{_inline(prompt)}]({path})", "")]
 
@@ -175,7 +171,7 @@ def _settings_table(artifact: "PeRFlowArtifact", guidance: float) -> list[str]:
         "prediction type": artifact.prediction_type,
         "time windows": str(artifact.num_time_windows)
         + (f", boundaries {list(artifact.window_boundaries)}" if artifact.window_boundaries else ""),
-        "steps": _steps(artifact),
+        "steps": artifact.steps_in_words,
         "guidance scale at sampling": str(guidance),
         "guidance of the teacher in training": str(artifact.solve_guidance),
         "base": str(artifact.base_model),

@@ -67,7 +67,7 @@ def find(source: Any, weights: str = "auto", where: Where | None = None) -> Foun
     if isinstance(source, torch.nn.Module) or isinstance(getattr(source, "unet", None), torch.nn.Module):
         raise ArtifactError(
             f"{in_words(source)} is a model, where an accelerator belongs (a folder, file, short name or Hub id). The "
-            " pipeline comes first, `load_perflow(pipe, source)`; an accelerator is made of two models by "
+            "pipeline comes first, `load_perflow(pipe, source)`; an accelerator is made of two models by "
             "`compute_delta(base, tuned)`; `describe_weights` says what a model's weights are."
         )
     if not isinstance(source, str | os.PathLike):

@@ -307,8 +307,7 @@ def _residual(lora: WeightSource, unet: torch.nn.Module) -> WeightSource | None:
 def _summary(artifact: PeRFlowArtifact, what: str, scheduler: PeRFlowScheduler) -> str:
     """A warning though nothing is wrong: the pipeline's own guidance is another, and only its caller can pass this."""
     guidance = "" if artifact.guidance_scale is None else f", guidance_scale={artifact.guidance_scale:g}"
-    steps = " or ".join(map(str, artifact.recommended_steps or (artifact.steps,)))
     return (
-        f"PeRFlow from {artifact.name}: sample with num_inference_steps={steps}{guidance} ({what}; PeRFlowScheduler("
-        f"{scheduler.config['perflow_type']}, boundaries {list(scheduler.windows.boundaries)}))."
+        f"PeRFlow from {artifact.name}: sample with num_inference_steps={artifact.steps_in_words}{guidance} ({what}; "
+        f"PeRFlowScheduler({scheduler.config['perflow_type']}, boundaries {list(scheduler.windows.boundaries)}))."
     )
