@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
 
 import perflow_diffusers as pf
 from perflow_diffusers import hub, weights
@@ -301,10 +302,55 @@ def test_weights_that_were_saved_or_fused_with_it_are_known_by_their_numbers(pip
     accelerated = pf.load_miniature()
     accelerated.unet = UNet2DConditionModel.from_pretrained(tmp_path)
     refused(lambda: pf.load_perflow(accelerated, "miniature"), "is in this UNet's weights already", pipe=accelerated)
-    pf.load_perflow(accelerated, "miniature", strict=False)
+    with pytest.warns(UserWarning, match="counts twice"):
+        pf.load_perflow(accelerated, "miniature", strict=False)
     pipe.load_lora_weights(LORA)
     pipe.fuse_lora()
     refused(lambda: pf.load_perflow(pipe, "miniature"), "already", pipe=pipe)
+
+
+def test_an_attached_one_is_not_loaded_on_top_and_one_that_is_switched_off_may_be(pipe):
+    pipe.load_lora_weights(LORA, adapter_name="fast")
+    for source in ("miniature", "miniature-lora"):
+        refused(
+            lambda source=source: pf.load_perflow(pipe, source),
+            "is attached to this UNet as a LoRA already",
+            "`pipe.unload_lora_weights()`",
+            pipe=pipe,
+        )
+    pipe.set_adapters("fast", 0.2)  # less than half of it
+    pf.load_perflow(pipe, "miniature")
+    pf.unload_perflow(pipe)
+    pipe.set_adapters("fast", 1.0)
+    pipe.disable_lora()
+    pf.load_perflow(pipe, "miniature")
+    pf.unload_perflow(pipe)
+    pipe.unload_lora_weights()
+    pf.load_perflow(pipe, "miniature")
+
+
+def test_another_lora_that_acts_is_no_hindrance(pipe):
+    pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False), "style")
+    pf.load_perflow(pipe, "miniature")
+
+
+@pytest.mark.parametrize("how", ["saved", "fused", "attached"])
+@pytest.mark.parametrize("source", ["miniature", "miniature-lora"])
+def test_a_merge_beside_itself_says_so(how, source, pipe, tmp_path):
+    if how == "saved":
+        with pf.merge_delta(pipe, "miniature"):
+            pipe.unet.save_pretrained(tmp_path)
+        pipe.unet = UNet2DConditionModel.from_pretrained(tmp_path)
+    else:
+        pipe.load_lora_weights(LORA)
+        if how == "fused":
+            pipe.fuse_lora()
+    before = bits(pipe)
+    with pytest.warns(UserWarning, match="acts in this model already.*counts twice.*`set_scheduler") as said:
+        handle = pf.merge_delta(pipe, source)
+    assert len(said) == 1 and said[0].filename == __file__
+    handle.undo()
+    assert all(torch.equal(weight, before[name]) for name, weight in pipe.unet.state_dict().items())
 
 
 def test_fine_tunes_do_not_look_accelerated(pipe):

@@ -16,7 +16,7 @@ from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.family import check_family, check_pipeline, warn_of_scheduler
 from perflow_diffusers.hub.fetch import options
-from perflow_diffusers.hub.network import live_shapes, live_weights, shape_misfit, share_within
+from perflow_diffusers.hub.network import live_shapes, live_weights, shape_misfit
 from perflow_diffusers.hub.recognise import published_pipeline, settings_of
 from perflow_diffusers.hub.state import Companion, Loaded, companion, keep, loaded, was_taken_out
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
@@ -30,6 +30,7 @@ from perflow_diffusers.weights.plan import find_unet
 from perflow_diffusers.weights.published import published
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of
 from perflow_diffusers.weights.stack import acting_plans, is_lost, layer_of, stack_of
+from perflow_diffusers.weights.within import WITHIN, share_within
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so that its verbosity applies
 
-_WITHIN = 0.4  # of a delta: what was merged at half its strength is within
 #: What a user may ask for.
 FORMS = ("auto", "delta", "lora")
 
@@ -113,17 +113,25 @@ def _check_not_within(artifact: PeRFlowArtifact, form: str, unet: torch.nn.Modul
     given = open_weights(artifact.files[form])
     merged = [plan.source for plan in acting_plans(stack_of(unet))]
     by_hand = any(given.files and source.files == given.files for source in merged)
-    share = None
+    attached = False
+    within: float | None = 1.0 if by_hand else None
     if not by_hand and artifact.base_sample:
-        share = share_within(artifact.base_sample, as_delta(given, live_shapes(unet), on_base=True), unet)
-    if by_hand or (share is not None and share > _WITHIN):
-        how = "was merged into this UNet by `merge_delta`" if by_hand else "is in this UNet's weights"
-        first = "Call `unmerge_delta(pipe)` first, or" if merged else "Load the base again, or"
-        raise ArtifactError(
-            f"{artifact.name} {how} already, and loading it would apply it twice. Nothing was changed. {first} "
-            f"`set_scheduler(pipe, {str(artifact.name)!r})`, which gives the pipeline the scheduler alone. "
-            "(strict=False loads it all the same.)"
-        )
+        delta = as_delta(given, live_shapes(unet), on_base=True)
+        within = share_within(artifact.base_sample, delta, unet)
+        if within is None or within < WITHIN:
+            within = share_within(artifact.base_sample, delta, unet, attached=True)
+            attached = True
+    if within is None or within < WITHIN:
+        return
+    how = "was merged into this UNet by `merge_delta`" if by_hand else "is in this UNet's weights"
+    first = "Call `unmerge_delta(pipe)` first, or" if merged else "Load the base again, or"
+    if attached:
+        how, first = "is attached to this UNet as a LoRA", "Call `pipe.unload_lora_weights()` first, or"
+    raise ArtifactError(
+        f"{artifact.name} {how} already, and loading it would apply it twice. Nothing was changed. {first} "
+        f"`set_scheduler(pipe, {str(artifact.name)!r})`, which gives the pipeline the scheduler alone. "
+        "(strict=False loads it all the same.)"
+    )
 
 
 def _load(

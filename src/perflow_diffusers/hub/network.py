@@ -8,6 +8,7 @@ import torch
 from perflow_diffusers.weights import WeightSource, live, open_weights
 from perflow_diffusers.weights.keys import canonical_map, family, grouped
 from perflow_diffusers.weights.plan import find_unet
+from perflow_diffusers.weights.within import values
 
 #: Keys of a UNet's configuration that tell families apart; inputs may differ (inpainting), these may not.
 SIGNATURE = (
@@ -17,7 +18,7 @@ SIGNATURE = (
     "transformer_layers_per_block",
     "addition_embed_type",
 )
-_TENSORS, _VALUES = 12, 24
+_TENSORS = 12
 # Distances of the sampled weights: up to the first, rounding explains them; beyond the second, nothing is shared.
 _ROUNDING, _UNRELATED = 0.003, 0.9
 
@@ -36,7 +37,7 @@ def sample_base(base: Any) -> dict[str, list[float]]:
     # Not the first layer: checkpoints with more inputs (inpainting) have another one.
     large = sorted(name for name, key in names.items() if len(weights.shapes[key]) > 1 and name != "conv_in.weight")
     chosen = [large[round(i)] for i in torch.linspace(0, len(large) - 1, min(_TENSORS, len(large))).tolist()]
-    return {name: [float(f"{x:.6g}") for x in _values(weights[names[name]])] for name in chosen}
+    return {name: [float(f"{x:.6g}") for x in values(weights[names[name]])] for name in chosen}
 
 
 def relation(sample: Mapping[str, Any], pipe_or_unet: Any) -> str:
@@ -53,50 +54,12 @@ def relation(sample: Mapping[str, Any], pipe_or_unet: Any) -> str:
             return "unknown"
         known = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         scale = float(known.square().mean().sqrt()) or 1.0
-        squares += float(((known.new_tensor(_values(weight)) - known) / scale).square().sum())
+        squares += float(((known.new_tensor(values(weight)) - known) / scale).square().sum())
         total += float((known / scale).square().sum())
     if not total:
         return "unknown"
     distance = (squares / total) ** 0.5
     return "base" if distance < _ROUNDING else "fine-tune" if distance < _UNRELATED else "unrelated"
-
-
-def share_within(sample: Mapping[str, Any], delta: WeightSource, unet: torch.nn.Module) -> float | None:
-    """How often a delta is in a UNet's weights already: about 0 or 1; None where it cannot be told.
-
-    From the numbers that were sampled of its base: the projection of (weights - base) on the delta. A fine-tune of the
-    base has little in common with the delta, and the result must be four times what chance would make of it.
-    """
-    weights, names = live_weights(unet), canonical_map(delta)[0]
-    pairs = []
-    for name, known in sample.items():
-        weight = weights.get(name)
-        if weight is None or name not in names or names[name] in getattr(delta, "on_base", ()):
-            continue
-        if weight.is_meta or not weight.is_floating_point():
-            return None
-        found, change = _values(weight), _values(delta[names[name]])
-        if not len(known) == len(found) == len(change):
-            return None
-        pairs += list(zip(known, found, change, strict=True))
-    if not pairs:
-        return None
-    base, found_, change_ = torch.tensor(pairs, dtype=torch.float64, device="cpu").unbind(1)
-    moved, size = found_ - base, float(change_.square().sum())
-    if not size:
-        return None
-    share = float((moved * change_).sum()) / size
-    chance = float((moved - share * change_).square().sum() / size / len(pairs)) ** 0.5
-    return share if abs(share) > 4 * chance else 0.0
-
-
-def _values(weight: torch.Tensor) -> list[float]:
-    """Numbers spread over a weight."""
-    index = torch.linspace(
-        0, weight.numel() - 1, min(_VALUES, weight.numel()), dtype=torch.float64, device="cpu"
-    ).long()
-    # Not every device has float64: first home, then wide.
-    return torch.take(weight.detach(), index.to(weight.device)).cpu().double().tolist()
 
 
 def live_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """The weights of a live model under canonical names, and the adapters that may act beside them."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -65,6 +65,24 @@ def check_runs_on_its_weights(model: torch.nn.Module) -> None:
         )
 
 
+def acting_differences(model: torch.nn.Module, wanted: Collection[str]) -> dict[str, torch.Tensor]:
+    """What acting LoRAs add beside the weights, for the `wanted` canonical names, as whole tensors.
+
+    Adapters whose difference PEFT cannot give apart from the weights are left out.
+    """
+    layers = {
+        f"{name}.weight": layer for name, layer in _wrappers(unwrapped(model)) if hasattr(layer, "get_delta_weight")
+    }
+    found = {}
+    for name, key in keys.canonical_map(layers)[0].items():
+        acting = _acting(layers[key]) if name in wanted else []
+        plain = [one for one in acting if _is_plain_lora(layers[key], one)]
+        if plain:
+            with torch.no_grad():
+                found[name] = torch.stack([layers[key].get_delta_weight(one).float() for one in plain]).sum(0)
+    return found
+
+
 def replaced_modules(model: torch.nn.Module) -> list[str]:
     """Modules in whose place PEFT runs a trained copy (`modules_to_save`): changes of them would do nothing."""
     other = sys.modules.get("peft.utils.other")
@@ -107,6 +125,13 @@ def _acting(layer: Any) -> list[str]:
     parts = (getattr(layer, part) for part in layer.adapter_layer_names)
     there = {name for part in parts if hasattr(part, "keys") for name in part}
     return [name for name in layer.active_adapters if name in there and not _is_idle(layer, name)]
+
+
+def _is_plain_lora(layer: Any, name: str) -> bool:
+    """Whether an adapter is a LoRA of two factors that are there."""
+    if name not in getattr(layer, "lora_A", {}) or getattr(layer, "lora_variant", {}).get(name) is not None:
+        return False
+    return not any(factor.weight.is_meta for factor in (layer.lora_A[name], layer.lora_B[name]))
 
 
 def _is_idle(layer: Any, name: str) -> bool:

@@ -23,6 +23,7 @@ from perflow_diffusers.weights.plan import (
 )
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of
 from perflow_diffusers.weights.shown import folded, shorten, shown
+from perflow_diffusers.weights.source import WeightSource
 from perflow_diffusers.weights.stack import (
     Backup,
     MergeStack,
@@ -35,6 +36,7 @@ from perflow_diffusers.weights.stack import (
     write_layers,
 )
 from perflow_diffusers.weights.sums import Kept, Layer, check_sums
+from perflow_diffusers.weights.within import WITHIN, base_sample, share_within
 
 __all__ = [
     "Edit",
@@ -223,8 +225,8 @@ def merge_delta(
     then nothing can be undone, and an interrupt waits until the merge is complete. `conv_in`: see `plan_merge`.
 
     Raises `MergeError` or `WeightSourceError` (both ValueErrors), also for a sum that overflows the weights' dtype.
-    Warns if the same delta is merged already, and if the weights' dtype keeps less than half of the change (the
-    report's `kept`).
+    Warns if the same delta acts in the model already, and if the weights' dtype keeps less than half of the change
+    (the report's `kept`).
     """
     begin = time.perf_counter()
     if backup not in get_args(Backup):
@@ -240,6 +242,12 @@ def merge_delta(
             f"{plan.source.name} is merged into this UNet already; now it counts twice. Take it out again "
             "(`unmerge_delta`), or change its strength instead (`set_delta_scale`; `set_perflow_scale` if "
             "`load_perflow` put it in)."
+        )
+    elif _acts_already(plan.source, unet):
+        warn_user(
+            f"{plan.source.name} acts in this model already: in its weights, as an exported pipeline has it, fused, "
+            "or attached as a LoRA. Now it counts twice. Take this merge out again (`unmerge_delta`); if only the "
+            "scheduler is missing, `set_scheduler(pipe, source)` gives it."
         )
     if backup == "none":
         number, nbytes = None, 0
@@ -263,6 +271,13 @@ def merge_delta(
     )
     kept.warn(f"{plan.source.name} x {strength}", {weights[edit.name].dtype for edit in plan.edits})
     return MergeHandle(unet, number, plan, report)
+
+
+def _acts_already(delta: WeightSource, unet: torch.nn.Module) -> bool:
+    """Told by a few numbers of the base's weights, where the delta's header has them."""
+    sample = base_sample(delta.metadata)
+    share = share_within(sample, delta, unet, attached=True) if sample else None
+    return share is not None and share > WITHIN
 
 
 def unmerge_delta(pipe_or_unet: Any, *, force: bool = False) -> None:
