@@ -1,4 +1,4 @@
-"""One file in the original format as a model: opened by diffusers with the configs of the Hub that are in the cache."""
+"""One file in the original format as a model, opened by diffusers with configs that a cache has."""
 
 import os
 import re
