@@ -28,7 +28,7 @@ from perflow_diffusers import (
     shrink_delta,
 )
 from perflow_diffusers.hub import perflow_scheduler
-from perflow_diffusers.weights.lora import as_delta
+from perflow_diffusers.weights.read.lora import as_delta
 
 RANKS = (4, 8, 16, 32, 48)
 

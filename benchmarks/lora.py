@@ -24,7 +24,7 @@ from diffusers.utils import logging
 
 from merge import SD15, SMALL, measured, write_delta
 from perflow_diffusers.weights import open_weights
-from perflow_diffusers.weights.extract import extract_lora
+from perflow_diffusers.weights.make.extract import extract_lora
 
 RESULT = Path(__file__).parent / "results" / "lora_extraction.md"
 

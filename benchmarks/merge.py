@@ -24,8 +24,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import logging
 from safetensors import safe_open
 
+from perflow_diffusers.io.writer import write_safetensors
 from perflow_diffusers.weights import compute_delta, merge_delta, open_weights
-from perflow_diffusers.weights.writer import write_safetensors
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
 SMALL = {"sample_size": 8, "cross_attention_dim": 64, "block_out_channels": (32, 64, 64, 64)}

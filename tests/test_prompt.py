@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 import perflow_diffusers as pf
 import perflow_training
 from perflow_diffusers import flow, hub, weights
-from perflow_diffusers.weights.shown import LongDict, LongTuple, html_table
+from perflow_diffusers.words.shown import LongDict, LongTuple, html_table
 
 LINES, WIDTH = 10, 100
 # Types of which a field may hold any number, or a network.

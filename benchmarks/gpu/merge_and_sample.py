@@ -29,9 +29,9 @@ from diffusers.utils import logging
 from safetensors import safe_open
 
 from perflow_diffusers import PeRFlowScheduler, load_perflow, set_delta_scale
+from perflow_diffusers.io.writer import write_safetensors
 from perflow_diffusers.miniature import load_miniature
 from perflow_diffusers.weights import merge_delta
-from perflow_diffusers.weights.writer import write_safetensors
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
 SMALL = {"sample_size": 8, "cross_attention_dim": 64, "block_out_channels": (32, 64, 64, 64)}

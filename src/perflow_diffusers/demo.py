@@ -21,7 +21,7 @@ from perflow_diffusers.miniature import (
 )
 from perflow_diffusers.schedulers.stock import stock_scheduler
 from perflow_diffusers.weights import merge_delta
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.words.shown import shown
 
 SCALE = 4  # how many times a picture is enlarged, by repeating its pixels
 LABEL = 236  # width of the column of labels

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from perflow_diffusers.cli import app
 from perflow_diffusers.cli.help import help_of
-from perflow_diffusers.weights.extract import DEFAULT_RANK
+from perflow_diffusers.weights.make.extract import DEFAULT_RANK
 
 COMMAND = typer.main.get_command(app)
 NAMES = sorted(COMMAND.commands)

@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from perflow_diffusers import compute_delta, convert_lora, extract_lora, shrink_delta
+from perflow_diffusers.errors import WeightWriteError
 from perflow_diffusers.weights import combine, delta_for_comfy, merge_files
-from perflow_diffusers.weights.errors import WeightWriteError
 
 OPTIONS = ("--prediction-type", "ddim_eps")
 
@@ -108,7 +108,7 @@ def test_force_keeps_the_old_folder_if_anything_fails(folders, delta, perflow, t
     out = tmp_path / "out"
     assert perflow("merge", folders[0], delta, out).exit_code == 0
     before = tree(out)
-    import perflow_diffusers.weights.files as files
+    import perflow_diffusers.weights.merge.files as files
 
     def full(*_, **__):
         raise OSError("no space left")

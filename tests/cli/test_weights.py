@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from perflow_diffusers.weights import open_weights
-from perflow_diffusers.weights.lora import as_delta
+from perflow_diffusers.weights.read.lora import as_delta
 
 OPTIONS = ("--prediction-type", "ddim_eps", "--num-time-windows", "4", "--recommended-steps", "4")
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import perflow_diffusers as pf
-from perflow_diffusers.weights.source import SHORT_NAMES
+from perflow_diffusers.weights.read.source import SHORT_NAMES
 
 FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.stem != "text_to_multiview")  # that: tests/wonder3d

@@ -11,7 +11,7 @@ from hub_pipes import make_pipe, make_unet
 
 from make_artifact import miniature_artifact
 from perflow_diffusers.weights import compute_delta
-from perflow_diffusers.weights.extract import extract_lora
+from perflow_diffusers.weights.make.extract import extract_lora
 
 
 @pytest.fixture(scope="session")

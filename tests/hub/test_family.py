@@ -23,10 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from perflow_diffusers import PeRFlowScheduler, load_miniature
+from perflow_diffusers.families.published import PUBLISHED
 from perflow_diffusers.hub import ArtifactError, PeRFlowArtifact, load_perflow, set_scheduler
 from perflow_diffusers.hub.base import base_facts
 from perflow_diffusers.miniature import miniature_folder
-from perflow_diffusers.weights.published import PUBLISHED
 
 SOURCES = ("miniature", "miniature-lora", "published")
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -21,7 +21,7 @@ from perflow_diffusers.hub import (
     push_perflow,
     set_scheduler,
 )
-from perflow_diffusers.hub.documents import copy_file, read_json, write_text
+from perflow_diffusers.io.documents import copy_file, read_json, write_text
 
 
 @pytest.fixture

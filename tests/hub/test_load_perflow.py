@@ -24,7 +24,7 @@ from perflow_diffusers import PeRFlowScheduler, load_miniature, merge_delta
 from perflow_diffusers.hub import ArtifactError, PeRFlowArtifact, load_perflow, set_scheduler, unload_perflow
 from perflow_diffusers.hub.adapters import detach
 from perflow_diffusers.weights import MergeError, open_weights
-from perflow_diffusers.weights.convert import convert_lora
+from perflow_diffusers.weights.make.convert import convert_lora
 
 
 def by_hand(kind, delta, scale=1.0):

@@ -7,11 +7,11 @@ from diffusers import DDIMScheduler
 from hub_pipes import make_pipe
 
 from perflow_diffusers import PeRFlowScheduler
+from perflow_diffusers.families.published import PUBLISHED, published
 from perflow_diffusers.hub import ArtifactError, describe, load_perflow, set_scheduler, unload_perflow
 from perflow_diffusers.hub import fetch as fetching
 from perflow_diffusers.hub import info as information
-from perflow_diffusers.weights.locate import SHORT_NAMES
-from perflow_diffusers.weights.published import PUBLISHED, published
+from perflow_diffusers.weights.read.locate import SHORT_NAMES
 
 #: repository, form, type, variant, guidance: the facts, as their authors publish them; 4 windows all.
 FACTS = [

@@ -8,8 +8,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from perflow_diffusers import load_miniature
+from perflow_diffusers.io import writer
 from perflow_diffusers.miniature import miniature_folder
-from perflow_diffusers.weights import content_hash, open_weights, writer
+from perflow_diffusers.weights import content_hash, open_weights
 from perflow_training.config import ConfigError, TrainingConfig, load_config
 from perflow_training.lazy import read_afresh
 from perflow_training.product import header, open_base, write_products

@@ -6,7 +6,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import save_file
 
-from perflow_diffusers.weights.lora import adapter_metadata
+from perflow_diffusers.weights.read.lora import adapter_metadata
 
 RANKS = (2, 3, 4)
 

@@ -21,7 +21,7 @@ from perflow_diffusers.weights import (
     open_weights,
 )
 from perflow_diffusers.weights import adapter_config as table
-from perflow_diffusers.weights.lora import as_delta
+from perflow_diffusers.weights.read.lora import as_delta
 
 peft = pytest.importorskip("peft")
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import MotionAdapter, UNetMotionModel
 
-from perflow_diffusers.weights import keys, merge_delta, open_weights, unmerge_delta
+from perflow_diffusers.weights import merge_delta, open_weights, unmerge_delta
+from perflow_diffusers.weights.read import keys
 
 
 @pytest.fixture

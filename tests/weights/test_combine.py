@@ -19,7 +19,7 @@ from lora_pipelines import (
 from safetensors.torch import load_file, save_file
 
 from perflow_diffusers.weights import DeltaError, combine, merge_delta, open_weights, shrink_delta
-from perflow_diffusers.weights.lora import lora_layers
+from perflow_diffusers.weights.read.lora import lora_layers
 
 SCALES = [1.0, -0.7]
 

@@ -22,9 +22,9 @@ from perflow_diffusers.weights import (
     plan_merge,
     shrink_delta,
 )
-from perflow_diffusers.weights.comfy import check_comfy, delta_for_comfy
-from perflow_diffusers.weights.complete import check_complete, check_difference, is_complete_beside
-from perflow_diffusers.weights.source import WeightSource
+from perflow_diffusers.weights.make.comfy import check_comfy, delta_for_comfy
+from perflow_diffusers.weights.read.complete import check_complete, check_difference, is_complete_beside
+from perflow_diffusers.weights.read.source import WeightSource
 
 FAMILIES = {
     "sd15": {"cross_attention_dim": 24},
@@ -108,7 +108,7 @@ def test_deltas_never_pass_for_complete_models(model, kind, dtype, tmp_path):
 
 def test_what_old_versions_made_of_whole_models_is_refused(make_unet, bits, same, tmp_path):
     """An int8 file and a LoRA with a residual, as `shrink_delta` and `extract_lora` wrote them of a model."""
-    from perflow_diffusers.weights.pack import quantise
+    from perflow_diffusers.weights.make.shrink import quantise
 
     unet, packed = make_unet(), {}
     before, state = bits(unet), make_unet(seed=0).state_dict()

@@ -17,8 +17,8 @@ from lora_files import (
 from safetensors.torch import load_file, save_file
 
 from perflow_diffusers.weights import WeightSourceError, WeightWriteError, lora_names, open_weights
-from perflow_diffusers.weights.convert import convert_lora
-from perflow_diffusers.weights.lora import as_delta, lora_layers
+from perflow_diffusers.weights.make.convert import convert_lora
+from perflow_diffusers.weights.read.lora import as_delta, lora_layers
 
 SDXL = {
     "block_out_channels": (4, 8, 8),

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from perflow_diffusers.weights import merge_delta, open_weights
-from perflow_diffusers.weights.extract import extract_lora
+from perflow_diffusers.weights.make.extract import extract_lora
 
 FP32 = {"dtype": torch.float32}
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from perflow_diffusers.weights.extract import extract_lora
-from perflow_diffusers.weights.moments import measure_moments
+from perflow_diffusers.weights.make.extract import extract_lora
+from perflow_diffusers.weights.make.moments import measure_moments
 
 
 class Two(torch.nn.Module):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from perflow_diffusers.weights.svd import Effort, Wanted, balanced, low_rank, squared_norm
+from perflow_diffusers.weights.make.svd import Effort, Wanted, balanced, low_rank, squared_norm
 
 
 def squares(matrix):

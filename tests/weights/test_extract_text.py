@@ -15,7 +15,7 @@ from lora_pipelines import (
 from safetensors.torch import load_file, save_file
 
 from perflow_diffusers.weights import convert_lora, extract_lora, open_weights, shrink_delta
-from perflow_diffusers.weights.lora import lora_layers
+from perflow_diffusers.weights.read.lora import lora_layers
 
 KOHYA_HEADER = {
     "ss_network_dim": "3",

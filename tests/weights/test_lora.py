@@ -27,8 +27,8 @@ from perflow_diffusers.weights import (
     set_delta_scale,
     unmerge_delta,
 )
-from perflow_diffusers.weights.convert import convert_lora
-from perflow_diffusers.weights.lora import as_delta, lora_layers
+from perflow_diffusers.weights.make.convert import convert_lora
+from perflow_diffusers.weights.read.lora import as_delta, lora_layers
 
 
 def output(unet):
@@ -219,7 +219,7 @@ def test_one_rounding_and_every_bit_back(make_unet, make_delta, bits, same, lora
 
 
 def test_products_are_computed_once_a_merge(unet, factors, monkeypatch, tmp_path):
-    from perflow_diffusers.weights import lora
+    from perflow_diffusers.weights.read import lora
 
     real, calls = lora._product, []
     monkeypatch.setattr(lora, "_product", lambda *given: calls.append(given[1].module) or real(*given))

@@ -109,7 +109,7 @@ def test_truncated_lora(refused, factors, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_interruption_restores_every_bit(make_unet, bits, same, lora_file, monkeypatch, error):
-    from perflow_diffusers.weights import lora
+    from perflow_diffusers.weights.read import lora
 
     unet = make_unet(torch.float16)
     before, real, calls = bits(unet), lora._product, []

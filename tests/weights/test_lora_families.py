@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from perflow_diffusers.weights import MergeError, WeightSourceError, convert_lora, merge_delta, open_weights
-from perflow_diffusers.weights.lora import lora_layers
+from perflow_diffusers.weights.read.lora import lora_layers
 
 TRANSFORMER = "a transformer"
 THIRD = "a third text encoder"

@@ -23,7 +23,7 @@ from perflow_diffusers.weights import (
     unmerge_delta,
 )
 from perflow_diffusers.weights.info import describe_weights
-from perflow_diffusers.weights.lora import as_delta
+from perflow_diffusers.weights.read.lora import as_delta
 
 peft = pytest.importorskip("peft")
 

@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from ldm_names import CONFIGS, ldm_names
 
 from perflow_diffusers.weights import lora_names
-from perflow_diffusers.weights.original_names import (
+from perflow_diffusers.weights.read.original_names import (
     blocks_of_layers,
     blocks_of_model,
     blocks_of_originals,

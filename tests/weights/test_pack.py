@@ -19,8 +19,8 @@ from perflow_diffusers.weights import (
     unmerge_delta,
     writer,
 )
-from perflow_diffusers.weights.lora import as_delta
-from perflow_diffusers.weights.pack import shrink_delta
+from perflow_diffusers.weights.make.shrink import shrink_delta
+from perflow_diffusers.weights.read.lora import as_delta
 
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from perflow_diffusers.weights import DeltaError, MergeError, WeightSourceError, compute_delta, merge_delta, plan_merge
-from perflow_diffusers.weights.source import open_weights
+from perflow_diffusers.weights.read.source import open_weights
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from diffusers import UNet2DConditionModel
 from ldm_names import ldm_state
 from safetensors.torch import save_file
 
-from perflow_diffusers.weights import DeltaError, compute_delta, content_hash, open_weights, single_file
+from perflow_diffusers.weights import DeltaError, compute_delta, content_hash, open_weights
+from perflow_diffusers.weights.read import single_file
 
 PREFIX = "model.diffusion_model."
 # The smallest UNet whose layers are those of SDXL: its blocks with an upsampler all have attention.

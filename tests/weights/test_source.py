@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from perflow_diffusers.weights import SHORT_NAMES, WeightSourceError, open_weights
-from perflow_diffusers.weights.locate import HubSpec
-from perflow_diffusers.weights.lora import as_delta
+from perflow_diffusers.weights.read.locate import HubSpec
+from perflow_diffusers.weights.read.lora import as_delta
 
 
 @pytest.fixture

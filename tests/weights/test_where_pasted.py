@@ -3,10 +3,10 @@
 import pytest
 from huggingface_hub import hf_hub_url
 
+from perflow_diffusers.errors import WeightSourceError
 from perflow_diffusers.hub import describe
+from perflow_diffusers.io.names import Where, pasted
 from perflow_diffusers.weights import open_weights
-from perflow_diffusers.weights.errors import WeightSourceError
-from perflow_diffusers.weights.where import Where, pasted
 
 ID = "someone/perflow-sd15"
 

@@ -12,8 +12,8 @@ import torch
 
 from perflow_diffusers.hub import PeRFlowArtifact, load_perflow
 from perflow_diffusers.miniature import load_miniature, miniature_folder, miniature_prompts
-from perflow_diffusers.weights.convert import convert_lora
-from perflow_diffusers.weights.extract import extract_lora
+from perflow_diffusers.weights.make.convert import convert_lora
+from perflow_diffusers.weights.make.extract import extract_lora
 
 LICENCE = "apache-2.0"
 

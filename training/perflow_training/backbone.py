@@ -10,7 +10,7 @@ from torch import Tensor
 from perflow_diffusers.flow import NoisePath
 from perflow_diffusers.flow.path import like
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.words.shown import shown
 
 from .conditions import Conditions
 from .config import ConfigError

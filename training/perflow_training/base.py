@@ -9,10 +9,10 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
+from perflow_diffusers.errors import WeightSourceError
 from perflow_diffusers.weights import WeightSource, open_weights
-from perflow_diffusers.weights.errors import WeightSourceError
-from perflow_diffusers.weights.keys import canonical_map
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.weights.read.keys import canonical_map
+from perflow_diffusers.words.shown import shown
 
 from .lazy import as_source, read_afresh
 

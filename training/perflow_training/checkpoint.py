@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
-from perflow_diffusers.weights.writer import specs_of, write_safetensors
+from perflow_diffusers.io.writer import specs_of, write_safetensors
 
 from .config import ConfigError, TrainingConfig, config_of
 from .lazy import read_afresh

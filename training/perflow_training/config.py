@@ -13,7 +13,7 @@ import yaml
 from diffusers.optimization import SchedulerType
 
 from perflow_diffusers.flow import METHODS, Windows
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.words.shown import shown
 
 from .data.options import SOURCES, DataError, DataOptions
 from .data.text import read_text

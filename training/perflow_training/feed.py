@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.words.shown import shown
 
 from .backbone import Sizes, encode_empty, encode_images, encode_prompts, image_size
 from .conditions import Conditions

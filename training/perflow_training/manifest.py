@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from perflow_diffusers.weights.repository import file_sha256
+from perflow_diffusers.io.repository import file_sha256
 
 MANIFEST = "manifest.json"
 FORMAT = "perflow-checkpoint-1"

@@ -13,12 +13,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from perflow_diffusers.hub.base import base_facts
+from perflow_diffusers.io.names import Where
+from perflow_diffusers.io.repository import reached
+from perflow_diffusers.io.writer import drop_shards, make_folder, write_folder, write_safetensors
 from perflow_diffusers.weights import WeightSource, compute_delta, content_hash
-from perflow_diffusers.weights.extract import LORA_FORMAT, LORA_NAME, extract_lora
-from perflow_diffusers.weights.files import WEIGHTS_NAME
-from perflow_diffusers.weights.repository import reached
-from perflow_diffusers.weights.where import Where
-from perflow_diffusers.weights.writer import drop_shards, make_folder, write_folder, write_safetensors
+from perflow_diffusers.weights.make.extract import LORA_FORMAT, LORA_NAME, extract_lora
+from perflow_diffusers.weights.merge.files import WEIGHTS_NAME
 
 from .base import MODEL_INDEX, Base, base_in_folder, loaded_base
 from .config import FORMS, ConfigError, TrainingConfig

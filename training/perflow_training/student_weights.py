@@ -7,8 +7,8 @@ from types import MappingProxyType
 from torch import Tensor
 
 from perflow_diffusers.weights import WeightSource
-from perflow_diffusers.weights.lora import as_delta
-from perflow_diffusers.weights.lora_layers import ADAPTER_METADATA, adapter_metadata
+from perflow_diffusers.weights.read.lora import as_delta
+from perflow_diffusers.weights.read.lora_layers import ADAPTER_METADATA, adapter_metadata
 
 from .config import TrainingConfig
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.words.shown import shown
 
 from .backbone import Backbone
 from .buffer import SolvedWindows

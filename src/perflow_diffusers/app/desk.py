@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perflow_diffusers.app.studio import Cancelled, Interrupted
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.words.shown import shown
 
 logger = logging.getLogger(__name__)
 MAX_WINDOWS = 64  # that wait at once

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from perflow_diffusers.app.studio import Studio
+from perflow_diffusers.io.names import Where, pasted
+from perflow_diffusers.io.repository import reached
 from perflow_diffusers.weights import WeightSourceError, open_weights
-from perflow_diffusers.weights.locate import is_local
-from perflow_diffusers.weights.repository import reached
-from perflow_diffusers.weights.where import Where, pasted
+from perflow_diffusers.weights.read.locate import is_local
 
 OFFLOADS = ("model", "sequential")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -60,7 +60,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 def check_out(out: Path, force: bool, *, file: bool = True, folder: bool = False) -> None:
     """Refuse (ValueError) an output of another kind than the command writes, one that cannot be written, and one that
     exists, without --force or where --force would delete more than weights."""
-    from perflow_diffusers.weights.writer import check_file_name, check_folder_name
+    from perflow_diffusers.io.writer import check_file_name, check_folder_name
 
     if folder and out.suffix != ".safetensors":
         check_folder_name(out)

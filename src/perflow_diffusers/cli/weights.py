@@ -203,8 +203,8 @@ def extract_lora(
     """
     import torch
 
+    from perflow_diffusers.io.writer import write_text
     from perflow_diffusers.weights import check_extract, extract_lora, open_weights
-    from perflow_diffusers.weights.writer import write_text
 
     with failing("extract-lora"):
         check_out(out, force, folder=True)

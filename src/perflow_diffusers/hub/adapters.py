@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from diffusers.utils import is_peft_available
 
-from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.errors import ArtifactError
 from perflow_diffusers.hub.network import live_shapes
 from perflow_diffusers.weights import WeightSource, open_weights
-from perflow_diffusers.weights.convert import convert_lora
-from perflow_diffusers.weights.lora import as_delta
-from perflow_diffusers.weights.lora_layers import lora_layers
-from perflow_diffusers.weights.plan import find_unet
+from perflow_diffusers.weights.make.convert import convert_lora
+from perflow_diffusers.weights.merge.plan import find_unet
+from perflow_diffusers.weights.read.lora import as_delta
+from perflow_diffusers.weights.read.lora_layers import lora_layers
 from perflow_diffusers.weights.scales import Strength
 
 ADAPTER = "perflow"

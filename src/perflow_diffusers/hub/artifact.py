@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.errors import ArtifactError
 from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.find import Found, find, from_folder
 from perflow_diffusers.hub.push import push_perflow
@@ -15,15 +15,15 @@ from perflow_diffusers.hub.save import save_artifact
 from perflow_diffusers.hub.settings import FORMAT_VERSION, expectation, from_metadata
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import WeightSource
-from perflow_diffusers.weights.arguments import path_of
-from perflow_diffusers.weights.delta import content_hash
-from perflow_diffusers.weights.plan import find_unet
-from perflow_diffusers.weights.shown import LongDict, folded, html_facts, shorten
+from perflow_diffusers.weights.make.delta import content_hash
+from perflow_diffusers.weights.merge.plan import find_unet
+from perflow_diffusers.words.arguments import path_of
+from perflow_diffusers.words.shown import LongDict, folded, html_facts, shorten
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from perflow_diffusers.weights.where import HubOptions
+    from perflow_diffusers.io.names import HubOptions
 
 
 #: The keys of `PeRFlowArtifact.files`.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.errors import ArtifactError
 
 if TYPE_CHECKING:
     from perflow_diffusers.hub.artifact import PeRFlowArtifact

@@ -12,21 +12,21 @@ from typing import Any, Literal, get_args
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from perflow_diffusers.errors import ArtifactError
 from perflow_diffusers.hub.adapters import attach, detach, drop_empty_wrappers, other_adapters
 from perflow_diffusers.hub.bundle import MODULE, scheduler_source
 from perflow_diffusers.hub.card import INSTALL_NOTE, PAPER, loading
-from perflow_diffusers.hub.documents import read_json, write_json
-from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.family import check_pipeline
 from perflow_diffusers.hub.find import CARD
 from perflow_diffusers.hub.recognise import PIPELINE_SETTINGS
 from perflow_diffusers.hub.state import companion, faulty, loaded
+from perflow_diffusers.io.documents import read_json, write_json
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import merge_delta, open_weights
-from perflow_diffusers.weights.arguments import path_of
-from perflow_diffusers.weights.lora import as_delta
-from perflow_diffusers.weights.merge import rescale_merge
-from perflow_diffusers.weights.plan import find_unet
+from perflow_diffusers.weights.merge.handle import rescale_merge
+from perflow_diffusers.weights.merge.plan import find_unet
+from perflow_diffusers.weights.read.lora import as_delta
+from perflow_diffusers.words.arguments import path_of
 
 Form = Literal["plain", "code"]
 

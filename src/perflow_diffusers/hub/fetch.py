@@ -7,11 +7,11 @@ from typing import Any
 
 import huggingface_hub as hub
 
-from perflow_diffusers.hub.documents import MAX_JSON_BYTES
-from perflow_diffusers.hub.errors import ArtifactError
-from perflow_diffusers.weights import WeightSourceError, repository
-from perflow_diffusers.weights.repository import Repository
-from perflow_diffusers.weights.where import Where
+from perflow_diffusers.errors import ArtifactError, WeightSourceError
+from perflow_diffusers.io import repository
+from perflow_diffusers.io.documents import MAX_JSON_BYTES
+from perflow_diffusers.io.names import Where
+from perflow_diffusers.io.repository import Repository
 
 __all__ = ["Repository", "Unreachable", "cached_folder", "download", "header", "list_repository"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from perflow_diffusers.hub.documents import read_json
-from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.errors import ArtifactError
+from perflow_diffusers.families.published import Published, published
 from perflow_diffusers.hub.fetch import (
     Repository,
     Unreachable,
@@ -18,12 +18,12 @@ from perflow_diffusers.hub.fetch import (
     list_repository,
 )
 from perflow_diffusers.hub.settings import checked, from_metadata, from_scheduler
+from perflow_diffusers.io.documents import read_json
+from perflow_diffusers.io.names import Where, pasted
 from perflow_diffusers.weights import WeightSource, open_weights
-from perflow_diffusers.weights.arguments import in_words
-from perflow_diffusers.weights.locate import SHORT_NAMES, HubSpec
-from perflow_diffusers.weights.published import Published, published
-from perflow_diffusers.weights.shown import shown
-from perflow_diffusers.weights.where import Where, pasted
+from perflow_diffusers.weights.read.locate import SHORT_NAMES, HubSpec
+from perflow_diffusers.words.arguments import in_words
+from perflow_diffusers.words.shown import shown
 
 SETTINGS = "perflow.json"
 SCHEDULER = "scheduler/scheduler_config.json"

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perflow_diffusers.errors import ArtifactError
+from perflow_diffusers.families.published import Published, published
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.card import read_card
-from perflow_diffusers.hub.documents import check_free, copy_file, inside, plain_name, read_json
-from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.fetch import (
     Repository,
     Unreachable,
@@ -34,17 +34,17 @@ from perflow_diffusers.hub.find import (
 )
 from perflow_diffusers.hub.recognise import PIPELINE_SETTINGS, in_configuration
 from perflow_diffusers.hub.settings import from_metadata, from_scheduler
+from perflow_diffusers.io.documents import check_free, copy_file, inside, plain_name, read_json
+from perflow_diffusers.io.names import Where, pasted
 from perflow_diffusers.weights import WeightsInfo, describe_weights
-from perflow_diffusers.weights.arguments import in_words, path_of
-from perflow_diffusers.weights.locate import SHORT_NAMES
-from perflow_diffusers.weights.published import Published, published
-from perflow_diffusers.weights.shown import LongDict, aligned, html_facts, html_table, shorten, shown
-from perflow_diffusers.weights.where import Where, pasted
+from perflow_diffusers.weights.read.locate import SHORT_NAMES
+from perflow_diffusers.words.arguments import in_words, path_of
+from perflow_diffusers.words.shown import LongDict, aligned, html_facts, html_table, shorten, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from perflow_diffusers.weights.where import HubOptions
+    from perflow_diffusers.io.names import HubOptions
 
 _MAX_CARD_BYTES = 1 << 20
 _UNET = re.compile(r"unet/[^/]+\.safetensors")

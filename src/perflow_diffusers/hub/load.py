@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.utils import logging
 
+from perflow_diffusers.errors import ArtifactError, MergeError
+from perflow_diffusers.families.published import published
 from perflow_diffusers.hub.adapters import activate, attach, check_adapter, check_detachable, detach, obstacle
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
-from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.family import check_family, check_pipeline, warn_of_scheduler
 from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.network import live_shapes, live_weights, shape_misfit
@@ -21,21 +22,19 @@ from perflow_diffusers.hub.recognise import published_pipeline, settings_of
 from perflow_diffusers.hub.state import Companion, Loaded, companion, keep, loaded, was_taken_out
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import MergeHandle, WeightSource, merge_delta, open_weights
-from perflow_diffusers.weights.arguments import is_number
-from perflow_diffusers.weights.errors import MergeError
-from perflow_diffusers.weights.locate import SHORT_NAMES
-from perflow_diffusers.weights.lora import as_delta, open_residual
-from perflow_diffusers.weights.merge import Backup, rescale_merge, undo_merge
-from perflow_diffusers.weights.plan import find_unet
-from perflow_diffusers.weights.published import published
+from perflow_diffusers.weights.merge.handle import Backup, rescale_merge, undo_merge
+from perflow_diffusers.weights.merge.layers import acting_plans, is_lost, layer_of, stack_of
+from perflow_diffusers.weights.merge.plan import find_unet
+from perflow_diffusers.weights.merge.within import WITHIN, share_within
+from perflow_diffusers.weights.read.locate import SHORT_NAMES
+from perflow_diffusers.weights.read.lora import as_delta, open_residual
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of
-from perflow_diffusers.weights.stack import acting_plans, is_lost, layer_of, stack_of
-from perflow_diffusers.weights.within import WITHIN, share_within
+from perflow_diffusers.words.arguments import is_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from perflow_diffusers.weights.where import HubOptions
+    from perflow_diffusers.io.names import HubOptions
 
 logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so that its verbosity applies
 

@@ -9,17 +9,17 @@ from typing import Any
 import huggingface_hub as hub
 from huggingface_hub.utils import validate_repo_id
 
+from perflow_diffusers.errors import ArtifactError, PushError
 from perflow_diffusers.hub.bundle import MODULE
 from perflow_diffusers.hub.card import read_card, saved_card
-from perflow_diffusers.hub.documents import read_json
-from perflow_diffusers.hub.errors import ArtifactError, PushError
 from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.find import CARD, SETTINGS, artifact_in, from_folder
+from perflow_diffusers.io.documents import read_json
+from perflow_diffusers.io.names import Where, pasted
+from perflow_diffusers.io.repository import PATIENCE, explained
 from perflow_diffusers.weights import WeightSourceError
-from perflow_diffusers.weights.arguments import in_words, path_of
-from perflow_diffusers.weights.repository import PATIENCE, explained
-from perflow_diffusers.weights.shown import shorten, shown
-from perflow_diffusers.weights.where import Where, pasted
+from perflow_diffusers.words.arguments import in_words, path_of
+from perflow_diffusers.words.shown import shorten, shown
 
 #: Said where a push would fail for want of a token.
 NO_TOKEN = "nobody is logged in here. Run `hf auth login` with a token that may write, or set HF_TOKEN."

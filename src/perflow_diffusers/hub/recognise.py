@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from perflow_diffusers.errors import ArtifactError
+from perflow_diffusers.families.published import Published, published
 from perflow_diffusers.flow import PREDICTION_TYPES
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
-from perflow_diffusers.hub.documents import read_json
-from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.fetch import Unreachable, cached_folder, download, list_repository
 from perflow_diffusers.hub.find import Found
 from perflow_diffusers.hub.settings import from_scheduler
-from perflow_diffusers.weights.published import Published, published
-from perflow_diffusers.weights.where import Where
+from perflow_diffusers.io.documents import read_json
+from perflow_diffusers.io.names import Where
 
 #: Beside `model_index.json` of an exported pipeline: our scheduler's configuration.
 PIPELINE_SETTINGS = "perflow_scheduler_config.json"

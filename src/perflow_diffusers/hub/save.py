@@ -5,17 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perflow_diffusers.errors import ArtifactError
 from perflow_diffusers.hub.base import base_facts, base_weights, scheduler_config
 from perflow_diffusers.hub.card import artifact_card
-from perflow_diffusers.hub.documents import check_free, copy_file, inside, place, write_json, write_text
-from perflow_diffusers.hub.errors import ArtifactError
 from perflow_diffusers.hub.find import CARD, SCHEDULER, SETTINGS, WEIGHTS
 from perflow_diffusers.hub.settings import FORMAT_VERSION, checked
+from perflow_diffusers.io.documents import check_free, copy_file, inside, place, write_json, write_text
+from perflow_diffusers.io.writer import write_safetensors
 from perflow_diffusers.weights import DeltaError, WeightSource, content_hash, open_weights
-from perflow_diffusers.weights.complete import check_difference
-from perflow_diffusers.weights.keys import canonical_map, is_original_format
-from perflow_diffusers.weights.lora import as_delta, open_residual
-from perflow_diffusers.weights.writer import write_safetensors
+from perflow_diffusers.weights.read.complete import check_difference
+from perflow_diffusers.weights.read.keys import canonical_map, is_original_format
+from perflow_diffusers.weights.read.lora import as_delta, open_residual
 
 if TYPE_CHECKING:
     from perflow_diffusers.hub.artifact import PeRFlowArtifact

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+from perflow_diffusers.errors import ArtifactError
 from perflow_diffusers.flow import PREDICTION_TYPES
-from perflow_diffusers.hub.documents import parse_json, plain_name
-from perflow_diffusers.hub.errors import ArtifactError
+from perflow_diffusers.io.documents import parse_json, plain_name
 
 #: Of `perflow.json`; a higher one is refused.
 FORMAT_VERSION = 1

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.utils import logging
 
+from perflow_diffusers.errors import MergeError
 from perflow_diffusers.hub import guidance
 from perflow_diffusers.hub.adapters import faulty_adapter
-from perflow_diffusers.weights.errors import MergeError
-from perflow_diffusers.weights.plan import find_unet
+from perflow_diffusers.weights.merge.layers import is_lost, layer_of
+from perflow_diffusers.weights.merge.plan import find_unet
 from perflow_diffusers.weights.scales import Strength
-from perflow_diffusers.weights.shown import shown
-from perflow_diffusers.weights.stack import is_lost, layer_of
+from perflow_diffusers.words.shown import shown
 
 if TYPE_CHECKING:
     from perflow_diffusers.hub.artifact import PeRFlowArtifact

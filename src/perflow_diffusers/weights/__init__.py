@@ -1,21 +1,27 @@
 """Deltas and LoRAs of UNet weights: open them lazily, compute, merge, take out to the last bit, shrink and convert."""
 
-from perflow_diffusers.weights.combine import CombineReport, combine
-from perflow_diffusers.weights.comfy import check_comfy, delta_for_comfy
-from perflow_diffusers.weights.convert import check_convert, convert_lora
-from perflow_diffusers.weights.delta import Delta, check_delta, compute_delta, content_hash
-from perflow_diffusers.weights.errors import DeltaError, MergeError, WeightSourceError, WeightWriteError
-from perflow_diffusers.weights.extract import check_extract, extract_lora
-from perflow_diffusers.weights.files import FileMergeReport, merge_files
+from perflow_diffusers.errors import DeltaError, MergeError, WeightSourceError, WeightWriteError
 from perflow_diffusers.weights.info import WeightsInfo, describe_weights
-from perflow_diffusers.weights.locate import is_local
-from perflow_diffusers.weights.lora import as_delta
-from perflow_diffusers.weights.lora_report import LoraReport
-from perflow_diffusers.weights.merge import MergeHandle, MergeReport, merge_delta, set_delta_scale, unmerge_delta
-from perflow_diffusers.weights.moments import measure_moments
-from perflow_diffusers.weights.pack import ShrinkReport, check_shrink, shrink_delta
-from perflow_diffusers.weights.plan import MergePlan, plan_merge
-from perflow_diffusers.weights.source import SHORT_NAMES, HubSpec, WeightSource, open_weights
+from perflow_diffusers.weights.make.combine import CombineReport, combine
+from perflow_diffusers.weights.make.comfy import check_comfy, delta_for_comfy
+from perflow_diffusers.weights.make.convert import check_convert, convert_lora
+from perflow_diffusers.weights.make.delta import Delta, check_delta, compute_delta, content_hash
+from perflow_diffusers.weights.make.extract import check_extract, extract_lora
+from perflow_diffusers.weights.make.moments import measure_moments
+from perflow_diffusers.weights.make.report import LoraReport
+from perflow_diffusers.weights.make.shrink import ShrinkReport, check_shrink, shrink_delta
+from perflow_diffusers.weights.merge.files import FileMergeReport, merge_files
+from perflow_diffusers.weights.merge.handle import (
+    MergeHandle,
+    MergeReport,
+    merge_delta,
+    set_delta_scale,
+    unmerge_delta,
+)
+from perflow_diffusers.weights.merge.plan import MergePlan, plan_merge
+from perflow_diffusers.weights.read.locate import is_local
+from perflow_diffusers.weights.read.lora import as_delta
+from perflow_diffusers.weights.read.source import SHORT_NAMES, HubSpec, WeightSource, open_weights
 
 __all__ = [
     "SHORT_NAMES",

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from perflow_diffusers.weights import keys
-from perflow_diffusers.weights.errors import WeightSourceError
-from perflow_diffusers.weights.json_object import parsed
-from perflow_diffusers.weights.lora_kin import kin_shape, split_kin
-from perflow_diffusers.weights.lora_layers import lora_layers, named_tensors
-from perflow_diffusers.weights.lora_names import KIN_ROLES
-from perflow_diffusers.weights.original_file import ema_names, unet_names
-from perflow_diffusers.weights.shown import LongDict, LongTuple, aligned, html_facts, shorten, shown, size_in_words
-from perflow_diffusers.weights.source import WeightSource, dtype_name, open_weights
+from perflow_diffusers.errors import WeightSourceError
+from perflow_diffusers.io.documents import parsed
+from perflow_diffusers.weights.read import keys
+from perflow_diffusers.weights.read.lora_kin import kin_shape, split_kin
+from perflow_diffusers.weights.read.lora_layers import lora_layers, named_tensors
+from perflow_diffusers.weights.read.lora_names import KIN_ROLES
+from perflow_diffusers.weights.read.original_file import ema_names, unet_names
+from perflow_diffusers.weights.read.source import WeightSource, dtype_name, open_weights
+from perflow_diffusers.words.shown import LongDict, LongTuple, aligned, html_facts, shorten, shown, size_in_words
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from perflow_diffusers.weights.where import HubOptions
+    from perflow_diffusers.io.names import HubOptions
 
 _EMA_COUNTERS = 2  # `model_ema.decay` and `model_ema.num_updates` are beside the EMA of a UNet
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from perflow_diffusers.weights.arguments import is_number
-from perflow_diffusers.weights.errors import MergeError
-from perflow_diffusers.weights.notices import warn_user
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.errors import MergeError
+from perflow_diffusers.words.arguments import is_number
+from perflow_diffusers.words.notices import warn_user
+from perflow_diffusers.words.shown import shown
 
 #: One number, or numbers by block: see `strength_of`.
 Scale = float | Mapping[str, Any]

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from perflow_diffusers.weights.repository import file_sha256
-from perflow_diffusers.weights.writer import specs_of, write_safetensors
+from perflow_diffusers.io.repository import file_sha256
+from perflow_diffusers.io.writer import specs_of, write_safetensors
 
 from .encoders import Encoders
 from .example import Example, time_ids

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.words.shown import shown
 
 from .deal import Dealer, Dealt, PreparedBatches, generator_seed
 from .encoders import to_latents

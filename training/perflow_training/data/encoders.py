@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.words.shown import shown
 
 Encoded = dict[str, Tensor]
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.words.shown import shown
 
 
 @shown

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from perflow_diffusers.weights.repository import file_sha256
+from perflow_diffusers.io.repository import file_sha256
 
 from .encoders import same_model
 from .options import DataError

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields, replace
 
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.words.shown import shown
 
 #: the options that name where examples come from; exactly one of them is set
 SOURCES = ("train_data_dir", "train_captions", "dataset_name", "train_shards")

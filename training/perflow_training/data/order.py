@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.words.shown import shown
 
 from .options import DataError
 from .report import Watch

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.words.shown import shown
 
 from .options import DataError
 

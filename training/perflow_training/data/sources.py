@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Protocol
 
-from perflow_diffusers.weights.shown import shown
+from perflow_diffusers.words.shown import shown
 
 from .options import DataError, DataOptions
 from .text import decoded, read_text, text_fault

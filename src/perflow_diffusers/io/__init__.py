@@ -1,0 +1,1 @@
+"""The one door for files: names, repositories, small documents, tensors; each written whole or not at all."""

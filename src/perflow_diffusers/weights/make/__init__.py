@@ -1,0 +1,1 @@
+"""New weights of old ones, from file to file: deltas, LoRAs, smaller and other formats."""

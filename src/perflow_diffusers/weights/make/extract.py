@@ -1,0 +1,432 @@
+"""A delta as a LoRA: `extract_lora(delta, out, rank=64 | energy=0.95)`, D ~ B A per layer, the rest as a residual."""
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perflow_diffusers.errors import DeltaError
+from perflow_diffusers.io.writer import (
+    File,
+    Spec,
+    check_folder_name,
+    check_target,
+    make_folder,
+    specs_of,
+    write_together,
+)
+from perflow_diffusers.weights.make.report import LayerReport, LoraReport
+from perflow_diffusers.weights.make.svd import Effort, Wanted, balanced, low_rank, rounding_loss, squared_norm
+from perflow_diffusers.weights.read import keys
+from perflow_diffusers.weights.read.complete import check_difference
+from perflow_diffusers.weights.read.header_facts import KOHYA_CONFIG, KOHYA_SPELLING, for_new_tensors
+from perflow_diffusers.weights.read.lora import ADAPTER_METADATA, RESIDUAL, adapter_metadata, as_delta
+from perflow_diffusers.weights.read.lora_names import KOHYA_PREFIXES, spelled
+from perflow_diffusers.weights.read.source import WeightSource, dtype_name, open_weights
+from perflow_diffusers.words.arguments import dtype_of, in_words, is_number, path_of, whole_number
+
+LORA_FORMAT = "lora-1"
+RESIDUAL_FORMAT = "delta-residual-1"
+LORA_NAME = "pytorch_lora_weights.safetensors"
+DEFAULT_RANK = 64
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_FLOOR = 1e-6  # of the mean moment: an input that was never on must not make the weights of others infinite
+_ROWS = 128
+_ORDER = 'extract_lora(delta, "lora.safetensors", rank=64)'
+_CLEAR = 1e-2  # of the squared norm: losses above this are known from differences of norms, others are measured
+OWN_KEYS = (
+    "format",
+    "perflow_format",
+    "dtype",
+    "identical",
+    ADAPTER_METADATA,
+    RESIDUAL,
+    KOHYA_CONFIG,
+    KOHYA_SPELLING,
+)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A finished layer: factors as they are stored, and what was lost in squared norms."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    report: LayerReport
+    energy: float
+    lost: float
+
+
+def extract_lora(
+    delta: Any,
+    out: str | os.PathLike,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    alpha: float | None = None,
+    moments: Mapping[str, torch.Tensor] | None = None,
+    exact: bool = False,
+    oversampling: int = 16,
+    power_iterations: int = 2,
+    residual: bool = True,
+    dtype: torch.dtype | str = torch.float16,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoraReport:
+    """Approximate a delta by a LoRA that `pipe.load_lora_weights(out)` reads, the best one of its rank in every layer.
+
+    `delta` is anything that `open_weights` takes, a LoRA or an int8 delta included. `out` is a `.safetensors` file or
+    a folder (then `pytorch_lora_weights.safetensors` in it). Every weight of a linear layer or convolution becomes
+    B (out, r) times A (r, in), convolutions as (out, in * height * width) matrices. Text encoder layers of a LoRA are
+    made anew like those of the UNet. The LoRA at scale 1 is the delta, whatever alpha is.
+
+    - `rank` (default 64) holds for every layer, or less where the matrix is smaller. With `energy` (0 < energy <= 1)
+      each layer gets the smallest rank that keeps this share of its squared norm, at most `rank` if that is given.
+    - `alpha` (default: the rank of each layer) is that of every layer; B A is divided by alpha / rank, so that tools
+      which apply this factor get the delta.
+    - `moments` (`measure_moments`) are `{canonical weight name: E[x x^T]}` of the layers' inputs, (in,) for the
+      diagonal, or (in, in): what is minimised is then E|(D - BA) x|^2, the error of the layers' outputs, and `energy`
+      is a share of E|D x|^2. A convolution takes (in_channels,), the same for all places of the kernel. Layers
+      without a moment are approximated plainly.
+    - `exact` takes the spectrum of every layer in float64, else large matrices are approximated in a random basis that
+      `oversampling` and `power_iterations` bound (see `svd.low_rank`), at most 1.005 times the optimal error with the
+      defaults. The same `seed` gives the same file.
+    - `residual` writes what no LoRA can carry (biases, norms) to `<name>.residual.safetensors` beside it, which
+      `merge_delta` adds again and `load_lora_weights` ignores; otherwise it is dropped. The report says its share.
+
+    Layers whose difference is zero are left out. Memory: the LoRA and a few tensors of the delta. Everything is
+    computed before anything is written. `progress(done, total)` is called after each tensor.
+
+    Raises `DeltaError` for arguments out of range, a delta that is empty, zero, not finite, or a complete model, and
+    moments that do not fit; `WeightSourceError` for what cannot be read, `WeightWriteError` for an `out` that cannot
+    be written (all ValueErrors).
+    """
+    wanted = _checked_rank(rank, energy)
+    _check_alpha(alpha)
+    stored = dtype_of(dtype)
+    if stored not in _DTYPES:
+        raise DeltaError(f"dtype={dtype!r} is nothing that LoRAs are stored in. Pass float16, bfloat16 or float32.")
+    whole_number(oversampling, "oversampling", 0, "Usual are 8 to 32.")
+    whole_number(power_iterations, "power_iterations", 0, "Usual are 1 to 4.")
+    whole_number(seed, "seed", 0, "Any will do; the same one gives the same file.")
+    _check_moments(moments)
+    path_of(out, "out", _ORDER)
+    source = open_weights(delta)
+    weights = as_delta(source, with_text=True)
+    names = _checked_names(weights)
+    path, rest_path = lora_targets(out, residual, overwrite)
+    job = _Job(wanted, Effort(exact, oversampling, power_iterations), stored, seed, moments or {}, alpha)
+    if job.moments and not any(name in job.moments for name in names):
+        raise DeltaError(
+            f"None of the moments belongs to a tensor of {source.name}. Measure them with the same model."
+        )
+    layers, zero, rest = _compute(weights, names, job, progress)
+    if not layers:
+        raise DeltaError(f"{source.name} has no layer that a LoRA could carry and that differs from zero.")
+    specs = {name: (weights.shapes[names[name]], weights.dtypes[names[name]]) for name in rest} if residual else {}
+    _write(path, rest_path, weights, names, layers, specs, job, overwrite)
+    return _report(path, rest_path if specs else None, layers, zero, rest, specs, source.nbytes)
+
+
+def check_extract(
+    delta: Any, *, rank: int | None = None, energy: float | None = None, alpha: float | None = None
+) -> str:
+    """One sentence on what `extract_lora` would make of a delta; reads a few tensors. Raises what it can see."""
+    most, _ = _checked_rank(rank, energy)
+    _check_alpha(alpha)
+    weights = as_delta(open_weights(delta), with_text=True)
+    shapes = [
+        weights.shapes[key] for name, key in _checked_names(weights).items() if _is_carried(name, weights.shapes[key])
+    ]
+    if not shapes:
+        raise DeltaError(f"{weights.name} has no layer that a LoRA could carry.")
+    sides = [(shape[0], torch.Size(shape[1:]).numel()) for shape in shapes]
+    numbers = sum(min(most or rows, rows, columns) * (rows + columns) for rows, columns in sides)
+    whole = sum(rows * columns for rows, columns in sides)
+    more = f", more than the {whole / 1e6:.2f} M of the delta" if numbers > whole else ""
+    return f"{weights.name}: {len(shapes)} layers as a LoRA of at most {numbers / 1e6:.2f} M numbers{more}"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to do with each layer."""
+
+    wanted: tuple[int | None, float | None]
+    effort: Effort
+    dtype: torch.dtype
+    seed: int
+    moments: Mapping[str, torch.Tensor]
+    alpha: float | None
+
+    def alpha_of(self, rank: int) -> float:
+        return float(rank) if self.alpha is None else float(self.alpha)
+
+
+def _check_moments(moments: Any) -> None:
+    fine = isinstance(moments, Mapping) and all(isinstance(moment, torch.Tensor) for moment in moments.values())
+    if moments is not None and not fine:
+        raise DeltaError(
+            f"moments is {in_words(moments)}, not a tensor by weight. Pass what "
+            "`measure_moments(pipe, lambda: pipe(prompt))` returns."
+        )
+
+
+def _check_alpha(alpha: float | None) -> None:
+    if alpha is not None and not (is_number(alpha) and 0 < alpha < inf):
+        raise DeltaError(f"alpha={alpha!r} is not a positive number. Usual are the rank, its half, or 1.")
+
+
+def _checked_rank(rank: int | None, energy: float | None) -> tuple[int | None, float | None]:
+    if rank is not None:
+        whole_number(rank, "rank", 1, "Usual are 8 to 128.")
+    if energy is not None and not (is_number(energy) and 0 < energy <= 1):
+        raise DeltaError(f"energy={energy!r} is a share of the squared norm: pass a number above 0, up to 1.")
+    return (DEFAULT_RANK if rank is None and energy is None else rank), energy
+
+
+def _checked_names(weights: WeightSource) -> dict[str, str]:
+    """`{canonical name: key}` of a delta, in the order of names."""
+    if keys.is_original_format(weights):
+        raise DeltaError(
+            f"{weights.name} is a complete checkpoint in the original format. Make a delta with "
+            "`compute_delta(base, tuned)` first."
+        )
+    names, collisions = keys.canonical_map(weights)
+    if not names:
+        raise DeltaError(f"{weights.name} is empty: there is nothing to extract.")
+    if collisions:
+        raise DeltaError(f"{weights.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
+    wrong = [f"{key} ({weights.dtypes[key]})" for key in names.values() if not weights.dtypes[key].is_floating_point]
+    if wrong:
+        raise DeltaError(f"{weights.name} holds tensors that are not floating point: {keys.grouped(wrong)}.")
+    if not weights.partial:
+        check_difference(weights, names)
+    return {name: names[name] for name in sorted(names)}
+
+
+def lora_targets(out: str | os.PathLike, residual: bool, overwrite: bool, *, make: bool = True) -> tuple[Path, Path]:
+    """Files of a LoRA and its residual; what would prevent writing them is told before the work begins.
+
+    A folder is made if need be, unless `make` is False.
+    """
+    path = path_of(out, "out", _ORDER)
+    if path.suffix != ".safetensors":
+        if path.is_file():
+            raise DeltaError(f"{path} is a file. Pass a folder, or a name that ends in .safetensors.")
+        check_folder_name(path)
+        if make:
+            make_folder(path)
+        path = path / LORA_NAME
+    rest_path = path.with_suffix(".residual.safetensors")
+    for target in (path, rest_path) if residual else (path,):
+        if make or target.parent.is_dir():
+            check_target(target, 0, overwrite=overwrite)
+    return path, rest_path
+
+
+def _is_carried(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it is the weight of a linear layer or a convolution; a bare class embedding is a table of vectors."""
+    return len(shape) in (2, 4) and name.endswith(".weight") and not name.endswith("class_embedding.weight")
+
+
+def _compute(
+    weights: WeightSource, names: Mapping[str, str], job: _Job, progress: Callable[[int, int], None] | None
+) -> tuple[dict[str, _Layer], tuple[str, ...], dict[str, float]]:
+    """Finished layers, names of layers that are zero, and squared norms of tensors that no LoRA can carry."""
+    layers, zero, rest, broken = {}, [], {}, []
+    # One buffer for all: fresh memory for every tensor costs as much time as the conversion.
+    buffer = torch.empty(max(torch.Size(weights.shapes[key]).numel() for key in names.values()))
+    for done, (name, key) in enumerate(names.items(), start=1):
+        given = weights[key].detach()
+        whole = buffer[: given.numel()].view(given.shape).copy_(given)
+        size = squared_norm(whole) if whole.numel() else 0.0
+        if not size < float("inf"):
+            broken.append(name)
+        elif not _is_carried(name, weights.shapes[key]):
+            rest[name] = size
+        elif size == 0:
+            zero.append(name)
+        elif not broken:
+            layers[name] = _layer(name, whole, size, job)
+        if progress is not None:
+            progress(done, len(names))
+    if broken:
+        raise DeltaError(
+            f"{weights.name} has NaN or Inf in {len(broken)} tensors: {keys.grouped(broken)}. Nothing was written. It "
+            "is damaged, or overflowed when it was stored in fp16: make or download it again."
+        )
+    return layers, tuple(zero), rest
+
+
+def _layer(name: str, whole: torch.Tensor, size: float, job: _Job) -> _Layer:
+    """Factorise one weight (out, in, ...) and measure the factors as they will be stored."""
+    matrix = whole.flatten(1)
+    root = _root(name, job.moments.get(name), tuple(whole.shape))
+    weighted = matrix if root is None else _apply(matrix, root)
+    most = min(matrix.shape)
+    cap, energy = job.wanted
+    generator = torch.Generator().manual_seed(job.seed ^ zlib.crc32(name.encode()))
+    found = low_rank(weighted, Wanted(min(cap or most, most), energy), job.effort, generator)
+    left, right = balanced(found.left, found.right if root is None else _remove(found.right, root))
+    strength = job.alpha_of(len(right)) / len(right)
+    left, right = left / strength**0.5, right / strength**0.5
+    up, down = left.to(job.dtype), right.to(job.dtype)
+    lost, weighted_lost = size - found.captured, 0.0
+    if root is None and lost > _CLEAR * size:
+        lost += strength**2 * rounding_loss(left, right, up.float(), down.float())
+    else:
+        lost, weighted_lost = _lost(matrix, up.float() * strength, down.float(), root)
+    if not lost < float("inf"):
+        raise DeltaError(f"The factors of {name} overflow in {job.dtype}. Pass dtype=torch.float32.")
+    weighted_size = size if root is None else squared_norm(weighted)
+    weighted_error = None if root is None else _ratio(weighted_lost, weighted_size)
+    bound = None if found.bound is None else _ratio(found.bound, weighted_size)
+    rank, shape = len(down), tuple(whole.shape)
+    nbytes = up.nbytes + down.nbytes
+    report = LayerReport(name, shape, rank, size**0.5, _ratio(lost, size), weighted_error, bound, nbytes)
+    if whole.ndim == 4:
+        up, down = up.reshape(-1, rank, 1, 1), down.reshape(rank, *shape[1:])
+    return _Layer(down.contiguous(), up.contiguous(), report, size, lost)
+
+
+def _lost(
+    matrix: torch.Tensor, up: torch.Tensor, down: torch.Tensor, root: torch.Tensor | None
+) -> tuple[float, float]:
+    """Squared norms of matrix - up @ down, plain and weighted, some rows at a time."""
+    plain = weighted = 0.0
+    for rows, part in zip(matrix.split(_ROWS), up.split(_ROWS), strict=True):
+        error = torch.addmm(rows, part, down, alpha=-1)
+        plain += squared_norm(error)
+        weighted += 0.0 if root is None else squared_norm(_apply(error, root))
+    return plain, weighted
+
+
+def _ratio(lost: float, size: float) -> float:
+    """Of two squared norms, that of the norms."""
+    return (lost / size) ** 0.5 if size else 0.0
+
+
+def _root(name: str, moment: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """R with R R^T = the moment, (columns,) for a diagonal or lower triangular; None without weighting.
+
+    Raises `DeltaError` if the moment does not fit the weight or is none.
+    """
+    if moment is None:
+        return None
+    columns, places = torch.Size(shape[1:]).numel(), torch.Size(shape[2:]).numel()
+    given = moment.detach().cpu().double()
+    if given.shape == (shape[1],):
+        given = given.repeat_interleave(places)
+    if given.shape not in ((columns,), (columns, columns)):
+        raise DeltaError(
+            f"The moment of {name} has shape {tuple(moment.shape)}, its weight {shape}. Expected ({shape[1]},) or "
+            f"({columns}, {columns}), as `measure_moments` gives it for the same model."
+        )
+    diagonal = given if given.ndim == 1 else given.diagonal()
+    mean = diagonal.mean().item()
+    if not (given.isfinite().all() and (diagonal >= 0).all()):
+        raise DeltaError(f"The moment of {name} has NaN, Inf or negative squares. Measure it again.")
+    if mean == 0:
+        return None
+    given = given / mean
+    if given.ndim == 1:
+        return (given + _FLOOR).sqrt().float()
+    root, failed = torch.linalg.cholesky_ex(
+        given + _FLOOR * torch.eye(columns, dtype=torch.float64, device=given.device)
+    )
+    if failed.item():
+        raise DeltaError(f"The moment of {name} is not positive semidefinite, so it is no mean of x x^T.")
+    return root.float()
+
+
+def _apply(matrix: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    return matrix * root if root.ndim == 1 else matrix @ root
+
+
+def _remove(matrix: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_apply`."""
+    if root.ndim == 1:
+        return matrix / root
+    return torch.linalg.solve_triangular(root, matrix, upper=False, left=False)
+
+
+def _write(
+    path: Path,
+    rest_path: Path,
+    weights: WeightSource,
+    names: Mapping[str, str],
+    layers: Mapping[str, _Layer],
+    rest: Mapping[str, Spec],
+    job: _Job,
+    overwrite: bool,
+) -> None:
+    """The residual first: a LoRA that names one is never without it."""
+    tensors: dict[str, torch.Tensor] = {}
+    strengths: dict[str, dict[str, tuple[int, float]]] = {}
+    for name, layer in layers.items():
+        component, module = _place(name)
+        stem = spelled(component, module)
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = layer.down, layer.up
+        rank = layer.report.rank
+        strengths.setdefault(component, {})[module] = (rank, job.alpha_of(rank))
+    taken = for_new_tensors(weights.metadata, OWN_KEYS)
+    stored = next(iter(tensors.values())).dtype
+    header = {**taken, "format": "pt", "perflow_format": LORA_FORMAT, "dtype": dtype_name(stored)}
+    config: dict[str, Any] = {}
+    for component, own in strengths.items():
+        config |= adapter_metadata(own, component)
+    header[ADAPTER_METADATA] = json.dumps(config, indent=2, sort_keys=True)
+    files = []
+    if rest:
+        dtypes = ",".join(sorted({dtype_name(dtype) for _, dtype in rest.values()}))
+        rest_header = {**taken, "format": "pt", "perflow_format": RESIDUAL_FORMAT, "dtype": dtypes}
+        stream = ((name, weights[names[name]]) for name in rest)
+        files.append(File(rest_path, rest, stream, rest_header))
+        header[RESIDUAL] = rest_path.name
+    files.append(File(path, specs_of(tensors), tensors.items(), header))
+    write_together(files, overwrite=overwrite, former=(rest_path,))
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Component and module of a weight: see `lora.weight_name`."""
+    component, _, module = name.removesuffix(".weight").partition(".")
+    return (component, module) if component in KOHYA_PREFIXES else ("unet", name.removesuffix(".weight"))
+
+
+def _nbytes(spec: Spec) -> int:
+    return torch.Size(spec[0]).numel() * spec[1].itemsize
+
+
+def _report(
+    path: Path,
+    rest_path: Path | None,
+    layers: Mapping[str, _Layer],
+    zero: tuple[str, ...],
+    rest: Mapping[str, float],
+    specs: Mapping[str, Spec],
+    delta_nbytes: int,
+) -> LoraReport:
+    """Totals; `rest` are squared norms of what no LoRA can carry, `specs` what of it was written."""
+    lost, left_out = sum(layer.lost for layer in layers.values()), sum(rest.values())
+    total = left_out + sum(layer.energy for layer in layers.values())
+    return LoraReport(
+        path,
+        rest_path,
+        tuple(layer.report for layer in layers.values()),
+        zero,
+        tuple(rest),
+        not_carried_energy=left_out / total,
+        relative_error=_ratio(lost + left_out, total),
+        relative_error_with_residual=_ratio(lost if specs else lost + left_out, total),
+        nbytes=sum(layer.report.nbytes for layer in layers.values()),
+        residual_nbytes=sum(map(_nbytes, specs.values())),
+        delta_nbytes=delta_nbytes,
+    )

@@ -1,0 +1,1 @@
+"""Any kind of weights as one lazy mapping of tensors by canonical names."""
