@@ -22,7 +22,7 @@ from perflow_diffusers.hub.guidance import is_far
 from perflow_diffusers.hub.state import loaded
 from perflow_diffusers.miniature import MINIATURE_GUIDANCE, load_miniature
 from perflow_diffusers.schedulers.stock import stock_scheduler
-from perflow_diffusers.weights.merge.plan import find_unet
+from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.words.shown import shown
 
 #: told (step, steps) after each step; the picture is given up if it answers True

@@ -14,7 +14,7 @@ from perflow_diffusers.errors import ArtifactError
 from perflow_diffusers.hub.network import live_shapes
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.make.convert import convert_lora
-from perflow_diffusers.weights.merge.plan import find_unet
+from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.weights.read.lora import as_delta
 from perflow_diffusers.weights.read.lora_layers import lora_layers
 from perflow_diffusers.weights.scales import Strength

@@ -16,7 +16,7 @@ from perflow_diffusers.hub.settings import FORMAT_VERSION, expectation, from_met
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import WeightSource
 from perflow_diffusers.weights.make.delta import content_hash
-from perflow_diffusers.weights.merge.plan import find_unet
+from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.words.arguments import path_of
 from perflow_diffusers.words.shown import LongDict, folded, html_facts, shorten
 

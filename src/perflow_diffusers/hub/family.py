@@ -13,7 +13,7 @@ from perflow_diffusers.hub.network import misfit, relation
 from perflow_diffusers.hub.recognise import published_pipeline, recognised
 from perflow_diffusers.hub.settings import BASE_TYPES, NOISE_FACTS
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
-from perflow_diffusers.weights.merge.plan import find_unet
+from perflow_diffusers.weights.read.live import find_unet
 
 if TYPE_CHECKING:
     from perflow_diffusers.hub.artifact import PeRFlowArtifact

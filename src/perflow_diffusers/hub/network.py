@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from perflow_diffusers.weights import WeightSource, open_weights
-from perflow_diffusers.weights.merge.plan import find_unet
 from perflow_diffusers.weights.merge.within import values
 from perflow_diffusers.weights.read import live
 from perflow_diffusers.weights.read.keys import canonical_map, family, grouped
+from perflow_diffusers.weights.read.live import find_unet
 
 #: Keys of a UNet's configuration that tell families apart; inputs may differ (inpainting), these may not.
 SIGNATURE = (

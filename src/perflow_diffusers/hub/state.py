@@ -16,7 +16,7 @@ from perflow_diffusers.errors import MergeError
 from perflow_diffusers.hub import guidance
 from perflow_diffusers.hub.adapters import faulty_adapter
 from perflow_diffusers.weights.merge.layers import is_lost, layer_of
-from perflow_diffusers.weights.merge.plan import find_unet
+from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.weights.scales import Strength
 from perflow_diffusers.words.shown import shown
 

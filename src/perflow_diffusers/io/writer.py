@@ -17,7 +17,7 @@ import torch
 
 from perflow_diffusers.errors import WeightWriteError
 from perflow_diffusers.io.documents import parsed
-from perflow_diffusers.weights.read.source import dtype_name
+from perflow_diffusers.io.tensors import dtype_name
 from perflow_diffusers.words.shown import shown
 
 #: What a tensor will be, known before it exists: shape and dtype.

@@ -9,12 +9,13 @@ import torch
 
 from perflow_diffusers.errors import WeightSourceError
 from perflow_diffusers.io.documents import parsed
+from perflow_diffusers.io.tensors import dtype_name
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.lora_kin import kin_shape, split_kin
 from perflow_diffusers.weights.read.lora_layers import lora_layers, named_tensors
 from perflow_diffusers.weights.read.lora_names import KIN_ROLES
 from perflow_diffusers.weights.read.original_file import ema_names, unet_names
-from perflow_diffusers.weights.read.source import WeightSource, dtype_name, open_weights
+from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.words.shown import LongDict, LongTuple, aligned, html_facts, shorten, shown, size_in_words
 
 if TYPE_CHECKING:

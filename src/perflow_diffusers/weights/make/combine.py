@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.errors import DeltaError
+from perflow_diffusers.io.tensors import dtype_names
 from perflow_diffusers.io.writer import (
     File,
     Spec,
@@ -27,7 +28,7 @@ from perflow_diffusers.weights.read.complete import check_difference
 from perflow_diffusers.weights.read.header_facts import for_new_tensors
 from perflow_diffusers.weights.read.lora import RESIDUAL, as_delta, open_residual
 from perflow_diffusers.weights.read.lora_layers import ADAPTER_METADATA, warn_of_bundled
-from perflow_diffusers.weights.read.source import WeightSource, dtype_name, open_weights
+from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.weights.scales import strength_of
 from perflow_diffusers.words.arguments import dtype_of, in_words, path_of
 from perflow_diffusers.words.shown import LongDict, shorten, shown
@@ -125,7 +126,7 @@ def combine(
         path = check_file_name(path_of(out, "out", _ORDER))
         check_target(path, 0, overwrite=overwrite)
         total = _sum(_as_deltas(opened), factors, stored)
-        dtypes = ",".join(sorted({dtype_name(kind) for _, kind in total.specs.values()}))
+        dtypes = dtype_names(kind for _, kind in total.specs.values())
         own = {"format": "pt", "perflow_format": DELTA_FORMAT, "dtype": dtypes}
         files = [File(path, total.specs, _counted(total.stream(), len(total.specs), progress), {**header, **own})]
         form, ranks = "delta", {}
@@ -260,7 +261,7 @@ def _lora_files(
     total = len(joined.specs)
     own = {"format": "pt", "perflow_format": LORA_FORMAT, ADAPTER_METADATA: joined.config}
     if rest.specs:
-        dtypes = ",".join(sorted({dtype_name(kind) for _, kind in rest.specs.values()}))
+        dtypes = dtype_names(kind for _, kind in rest.specs.values())
         rest_header = {**header, "format": "pt", "perflow_format": RESIDUAL_FORMAT, "dtype": dtypes}
         files.append(File(rest_path, rest.specs, rest.stream(), rest_header))
         own[RESIDUAL] = rest_path.name

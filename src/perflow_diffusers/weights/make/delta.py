@@ -4,19 +4,20 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from perflow_diffusers.errors import DeltaError
+from perflow_diffusers.io.tensors import dtype_name
 from perflow_diffusers.io.writer import Spec, tensor_bytes, write_folder, write_safetensors
 from perflow_diffusers.weights.make.rounding import RoundingNoise, coarser, rounded, rounding_note
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.complete import check_complete
-from perflow_diffusers.weights.read.single_file import unet_of_single_file
-from perflow_diffusers.weights.read.source import WeightSource, check_detached, dtype_name, open_weights
+from perflow_diffusers.weights.read.named import named_weights
+from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.words.arguments import dtype_of, in_words, path_of, whole_number
 from perflow_diffusers.words.shown import shown
 
@@ -191,33 +192,6 @@ class _Differences:
         if size == 0:
             self.identical.append(name)
         return stored
-
-
-def named_weights(anything: Any) -> tuple[WeightSource, dict[str, str]]:
-    """A source of complete weights of a UNet and its `{canonical name: key}`; original-format files through diffusers.
-
-    `anything` is what `compute_delta` takes. Raises `DeltaError` for a LoRA, empty weights, and doubled names.
-    """
-    source = open_weights(anything)
-    check_detached(source)
-    if source.kind == "lora":
-        raise DeltaError(
-            f"{source.name} is a LoRA, not complete weights. `merge_delta` takes it as it is; for the difference that "
-            "it makes, pass a UNet that it is merged into."
-        )
-    if source.kind == "delta":
-        raise DeltaError(
-            f"{source.name} is a delta, not complete weights. Pass the base and the tuned model themselves; "
-            "`merge_delta` and `perflow merge` add a delta to a model."
-        )
-    if keys.is_original_format(source):
-        source = replace(unet_of_single_file(source), name=source.name, files=source.files)
-    names, collisions = keys.canonical_map(source)
-    if collisions:
-        raise DeltaError(f"{source.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
-    if not names:
-        raise DeltaError(f"{source.name} is empty. Pass the weights of a UNet.")
-    return source, names
 
 
 def _check_pair(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.errors import DeltaError
+from perflow_diffusers.io.tensors import dtype_name, dtype_names
 from perflow_diffusers.io.writer import (
     File,
     Spec,
@@ -28,7 +29,7 @@ from perflow_diffusers.weights.read.complete import check_difference
 from perflow_diffusers.weights.read.header_facts import KOHYA_CONFIG, KOHYA_SPELLING, for_new_tensors
 from perflow_diffusers.weights.read.lora import ADAPTER_METADATA, RESIDUAL, adapter_metadata, as_delta
 from perflow_diffusers.weights.read.lora_names import KOHYA_PREFIXES, spelled
-from perflow_diffusers.weights.read.source import WeightSource, dtype_name, open_weights
+from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.words.arguments import dtype_of, in_words, is_number, path_of, whole_number
 
 LORA_FORMAT = "lora-1"
@@ -386,7 +387,7 @@ def _write(
     header[ADAPTER_METADATA] = json.dumps(config, indent=2, sort_keys=True)
     files = []
     if rest:
-        dtypes = ",".join(sorted({dtype_name(dtype) for _, dtype in rest.values()}))
+        dtypes = dtype_names(dtype for _, dtype in rest.values())
         rest_header = {**taken, "format": "pt", "perflow_format": RESIDUAL_FORMAT, "dtype": dtypes}
         stream = ((name, weights[names[name]]) for name in rest)
         files.append(File(rest_path, rest, stream, rest_header))

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from perflow_diffusers.weights.merge.plan import find_unet
 from perflow_diffusers.weights.read import keys
+from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.words.arguments import in_words
 from perflow_diffusers.words.shown import LongDict
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from perflow_diffusers.errors import DeltaError
-from perflow_diffusers.weights.read.source import dtype_name
+from perflow_diffusers.io.tensors import dtype_names
 from perflow_diffusers.words.notices import warn_user
 
 _MUCH = 0.1  # share of the difference, or of its numbers; of a change of more than a weight's step there is none
@@ -32,7 +32,7 @@ def rounded(name: str, weight: torch.Tensor, dtype: torch.dtype | None) -> torch
 
 def rounding_note(dtypes: Iterable[torch.dtype | None]) -> str:
     """Names of the dtypes to which tensors of a base are rounded, for a header: "F16", or ""."""
-    return ",".join(sorted({dtype_name(dtype) for dtype in dtypes if dtype is not None}))
+    return dtype_names(dtype for dtype in dtypes if dtype is not None)
 
 
 @dataclass

@@ -9,13 +9,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from perflow_diffusers.errors import DeltaError
+from perflow_diffusers.io.tensors import dtype_names
 from perflow_diffusers.io.writer import Spec, write_safetensors
 from perflow_diffusers.weights.make.delta import DELTA_FORMAT
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.complete import check_difference
 from perflow_diffusers.weights.read.header_facts import without_hashes
 from perflow_diffusers.weights.read.lora import as_delta
-from perflow_diffusers.weights.read.source import WeightSource, dtype_name, open_weights
+from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.words.arguments import path_of
 from perflow_diffusers.words.shown import LongDict, html_table, shorten, shown
 
@@ -108,7 +109,7 @@ def shrink_delta(
         "format": "pt",
         **without_hashes(source.metadata),
         "perflow_format": INT8_FORMAT if name == "int8" else DELTA_FORMAT,
-        "dtype": ",".join(sorted({dtype_name(kind) for _, kind in run.specs.values()})),
+        "dtype": dtype_names(kind for _, kind in run.specs.values()),
     }
     path = write_safetensors(target, run.specs, iter(run), header, overwrite=overwrite)
     return ShrinkReport(path, source.name, name, given.nbytes, run.nbytes, run.relative_error, run.errors)

@@ -26,13 +26,13 @@ from perflow_diffusers.weights.merge.plan import (
     ConvIn,
     Edit,
     MergePlan,
-    find_unet,
     plan_merge,
     plan_weights,
     usable_weights,
 )
 from perflow_diffusers.weights.merge.sums import Kept, Layer, check_sums
 from perflow_diffusers.weights.merge.within import WITHIN, base_sample, share_within
+from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.weights.read.source import WeightSource
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of
 from perflow_diffusers.words.notices import warn_user

@@ -1,7 +1,6 @@
 """All that can be wrong with a merge, found before a weight changes: `plan_merge(unet, source) -> MergePlan`."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +12,10 @@ from perflow_diffusers.errors import MergeError
 from perflow_diffusers.weights.merge.sums import Layer, check_sums
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.complete import is_complete_beside
-from perflow_diffusers.weights.read.live import live_weights, replaced_modules, unwrapped
+from perflow_diffusers.weights.read.live import find_unet, live_weights, replaced_modules
 from perflow_diffusers.weights.read.lora import as_delta
 from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.weights.scales import Scale, strength_of
-from perflow_diffusers.words.arguments import in_words
 from perflow_diffusers.words.shown import LongDict, html_table, shorten, shown
 
 ConvIn = Literal["pad", "skip"]
@@ -121,41 +119,6 @@ def plan_weights(weights: Mapping[str, torch.Tensor], source: Any, *, conv_in: C
     touched = {edit.name for edit in edits}
     untouched = tuple(name for name in weights if name not in touched)
     return MergePlan(delta, edits, untouched, skipped, peaks, fingerprint)
-
-
-def find_unet(pipe_or_unet: Any) -> torch.nn.Module:
-    """The UNet of a pipeline, or the module itself, without wrappers of torch.compile, data parallelism, PEFT.
-
-    Raises `MergeError` if there is none.
-    """
-    module: Any = pipe_or_unet if isinstance(pipe_or_unet, torch.nn.Module) else getattr(pipe_or_unet, "unet", None)
-    if not isinstance(module, torch.nn.Module):
-        raise MergeError(_no_unet(pipe_or_unet))
-    return unwrapped(module)
-
-
-def _no_unet(given: Any) -> str:
-    """Why there is no UNet in what was passed, and what to pass."""
-    if isinstance(given, type):
-        return (
-            f"The class {given.__name__} has no UNet: load one first, `pipe = {given.__name__}.from_pretrained(...)`, "
-            "and pass that."
-        )
-    if given is None:
-        return "None has no UNet. Load a pipeline first, `pipe = DiffusionPipeline.from_pretrained(...)`, and pass it."
-    if isinstance(given, str | os.PathLike | int | float | Mapping) or (
-        callable(given) and hasattr(given, "__name__")
-    ):
-        return (
-            f"{in_words(given)} has no UNet. The pipeline (or its UNet), loaded, comes first, and the rest after it: "
-            "`load_perflow(pipe, source)`, `merge_delta(pipe, source)`, `set_perflow_scale(pipe, 0.5)`."
-        )
-    others = [part for part in ("transformer", "prior") if getattr(given, part, None) is not None]
-    has = f" (it has a `{others[0]}`)" if others else " (its `unet` is None)" if hasattr(given, "unet") else ""
-    return (
-        f"{type(given).__name__} has no UNet{has}. Pass a UNet, or a pipeline whose `unet` is loaded; accelerators "
-        "are for the UNets of Stable Diffusion 1.x, 2.x and SDXL."
-    )
 
 
 def usable_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -12,10 +12,10 @@ from perflow_diffusers.errors import WeightSourceError
 from perflow_diffusers.families.published import PUBLISHED
 from perflow_diffusers.io.documents import read_object
 from perflow_diffusers.io.names import Where, pasted
+from perflow_diffusers.io.tensors import PICKLES, pickle_refused
 from perflow_diffusers.words.arguments import did_you_mean
 from perflow_diffusers.words.shown import shown
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 #: Ends the name of the file that goes with a LoRA and holds what a LoRA cannot.
@@ -134,16 +134,6 @@ def _local(path: Path, where: Where) -> Located:
 def _listing(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "nothing"
-
-
-def pickle_refused(where: str) -> str:
-    """The sentence that refuses a pickle and says how to convert it."""
-    return (
-        f"{where} is a pickle ({', '.join(PICKLES)}): loading one can run any code, so it is refused. Convert it "
-        "once, where you trust its author: a single file with `safetensors.torch.save_file(torch.load(file, "
-        "weights_only=True), 'new.safetensors')`, a diffusers folder with "
-        "`UNet2DConditionModel.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)`."
-    )
 
 
 def _gather(names: Iterable[str], fetch: Callable[[str], Path], where: str, variant: str | None) -> Located:

@@ -9,14 +9,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from perflow_diffusers.errors import WeightSourceError
-from perflow_diffusers.io.documents import parsed
 from perflow_diffusers.io.names import HubOptions, Where
+from perflow_diffusers.io.tensors import open_tensors
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.live import check_runs_on_its_weights, live_weights, unwrapped
-from perflow_diffusers.weights.read.locate import SHORT_NAMES, HubSpec, Located, locate, pickle_refused
+from perflow_diffusers.weights.read.locate import SHORT_NAMES, HubSpec, Located, locate
 from perflow_diffusers.weights.read.original_file import ema_names
 from perflow_diffusers.words.arguments import in_words
 from perflow_diffusers.words.shown import html_table, shorten, shown, size_in_words
@@ -24,29 +23,8 @@ from perflow_diffusers.words.shown import html_table, shorten, shown, size_in_wo
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["SHORT_NAMES", "HubSpec", "WeightSource", "dtype_name", "open_weights"]
+__all__ = ["SHORT_NAMES", "HubSpec", "WeightSource", "open_weights"]
 
-#: torch dtype -> its name in a safetensors header.
-DTYPE_NAMES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.complex64: "C64",
-    torch.bool: "BOOL",
-}
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_MAX_HEADER = 100_000_000  # bytes, as the format says
 _ORDERED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that have an `aminmax`
 
 
@@ -205,13 +183,6 @@ def check_detached(source: WeightSource) -> None:
         )
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Name of a dtype in a safetensors header; raises `WeightSourceError` for one that the format cannot hold."""
-    if dtype not in DTYPE_NAMES:
-        raise WeightSourceError(f"safetensors files cannot hold {dtype}; convert to one of {', '.join(_DTYPES)}.")
-    return DTYPE_NAMES[dtype]
-
-
 @shown
 @dataclass(frozen=True)
 class Renamed:
@@ -275,6 +246,11 @@ def _from_tensors(tensors: Mapping[Any, Any], name: str) -> WeightSource:
     return WeightSource(name, MappingProxyType(shapes), MappingProxyType(dtypes), held.__getitem__)
 
 
+def _from_file(path: Path) -> WeightSource:
+    file = open_tensors(path)
+    return WeightSource(str(path), file.shapes, file.dtypes, file.read, file.metadata, (path,))
+
+
 def _from_files(located: Located) -> WeightSource:
     """One source of all files; with an index of shards, exactly the tensors that it names."""
     parts = {path: _from_file(path) for path in located.files}
@@ -309,90 +285,3 @@ class _Shards:
 
     def __call__(self, name: str) -> torch.Tensor:
         return self.home[name].read(name)
-
-
-class _File:
-    """Reads tensors of one file, which stays open; a pickle of it opens the file again when it is asked."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._handle: Any = None
-
-    def open(self) -> Any:
-        """The open file, or an error that says what is wrong with it."""
-        if self._handle is None:
-            try:
-                self._handle = safe_open(self._path, framework="pt", device="cpu")
-            except (SafetensorError, OSError, ValueError) as error:
-                raise _unreadable(self._path, error) from error
-        return self._handle
-
-    def __call__(self, name: str) -> torch.Tensor:
-        try:
-            return self.open().get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise _damaged(self._path, f"{name}: {error}") from error
-
-    def __reduce__(self) -> tuple:
-        return _File, (self._path,)
-
-
-def _from_file(path: Path) -> WeightSource:
-    """One safetensors file, memory-mapped; the safetensors library checks the header and the file's size."""
-    reader = _File(path)
-    handle = reader.open()
-    slices = {name: handle.get_slice(name) for name in getattr(handle, "offset_keys", handle.keys)()}
-    metadata = handle.metadata() or {}
-    types = {name: str(part.get_dtype()) for name, part in slices.items()}
-    unknown = sorted(set(types.values()) - set(_DTYPES))
-    if unknown:
-        raise WeightSourceError(f"{path} holds tensors of type {', '.join(unknown)}, which this version cannot read.")
-
-    return WeightSource(
-        str(path),
-        MappingProxyType({name: tuple(part.get_shape()) for name, part in slices.items()}),
-        MappingProxyType({name: _DTYPES[kind] for name, kind in types.items()}),
-        reader,
-        MappingProxyType(metadata),
-        (path,),
-    )
-
-
-def _unreadable(path: Path, error: Exception) -> WeightSourceError:
-    """What a file is instead of an intact safetensors file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            text = file.read(length) if 0 < length <= min(size - 8, _MAX_HEADER) else b""
-    except OSError as problem:
-        return WeightSourceError(f"{path} cannot be read ({problem.strerror}). Check its permissions.")
-    try:
-        header = parsed(text)
-        expected = (
-            8
-            + length
-            + max(
-                (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0
-            )
-        )
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        return _no_header(path, start)
-    if expected != size:
-        what = "truncated" if expected > size else "longer than its header says"
-        return _damaged(path, f"it is {what}: {size:,} bytes instead of {expected:,}")
-    return _damaged(path, str(error))
-
-
-def _no_header(path: Path, start: bytes) -> WeightSourceError:
-    """What a file is that starts like this and has no header."""
-    if start.startswith((b"PK", b"\x80")):
-        return WeightSourceError(pickle_refused(f"{path}, whatever its name says,"))
-    if start == b"version ":
-        return WeightSourceError(f"{path} is only a pointer to a file in Git LFS. Run `git lfs pull`, or download it.")
-    return _damaged(path, "no readable header")
-
-
-def _damaged(path: Path, what: str) -> WeightSourceError:
-    return WeightSourceError(f"{path} is not an intact safetensors file ({what}). Download or write it again.")
