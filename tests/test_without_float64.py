@@ -8,9 +8,9 @@ from torch.utils._pytree import tree_leaves
 from perflow_diffusers import PeRFlowScheduler, load_miniature
 from perflow_diffusers.flow import PREDICTION_TYPES, NoisePath, euler, interpolate, marginal, solve, target
 from perflow_diffusers.flow.solver import METHODS
-from perflow_diffusers.hub.network import _values
 from perflow_diffusers.weights.make.moments import measure_moments
 from perflow_diffusers.weights.merge.layers import MergeStack, check_unchanged, write_weight
+from perflow_diffusers.weights.merge.within import values as _values
 
 AWAY = torch.device("meta")
 

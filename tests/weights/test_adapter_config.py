@@ -20,7 +20,7 @@ from perflow_diffusers.weights import (
     merge_files,
     open_weights,
 )
-from perflow_diffusers.weights import adapter_config as table
+from perflow_diffusers.weights.read import adapter_config as table
 from perflow_diffusers.weights.read.lora import as_delta
 
 peft = pytest.importorskip("peft")

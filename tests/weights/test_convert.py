@@ -16,8 +16,9 @@ from lora_files import (
 )
 from safetensors.torch import load_file, save_file
 
-from perflow_diffusers.weights import WeightSourceError, WeightWriteError, lora_names, open_weights
+from perflow_diffusers.weights import WeightSourceError, WeightWriteError, open_weights
 from perflow_diffusers.weights.make.convert import convert_lora
+from perflow_diffusers.weights.read import lora_names
 from perflow_diffusers.weights.read.lora import as_delta, lora_layers
 
 SDXL = {

@@ -19,7 +19,8 @@ from lora_pipelines import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from perflow_diffusers.weights import convert_lora, lora_names, open_weights
+from perflow_diffusers.weights import convert_lora, open_weights
+from perflow_diffusers.weights.read import lora_names
 
 CLOSE = 1e-7  # fp32: half a unit in the last place of weights of about 1
 

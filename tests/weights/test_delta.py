@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from perflow_diffusers.io import writer
 from perflow_diffusers.weights import (
     DeltaError,
     WeightWriteError,
@@ -17,7 +18,6 @@ from perflow_diffusers.weights import (
     content_hash,
     merge_delta,
     open_weights,
-    writer,
 )
 
 

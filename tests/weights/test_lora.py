@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from perflow_diffusers.weights import (
     WeightSourceError,
     compute_delta,
-    lora_names,
     merge_delta,
     open_weights,
     set_delta_scale,
     unmerge_delta,
 )
 from perflow_diffusers.weights.make.convert import convert_lora
+from perflow_diffusers.weights.read import lora_names
 from perflow_diffusers.weights.read.lora import as_delta, lora_layers
 
 

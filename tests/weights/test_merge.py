@@ -11,15 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perflow_diffusers.weights import (
-    MergeError,
-    merge_delta,
-    plan_merge,
-    set_delta_scale,
-    stack,
-    sums,
-    unmerge_delta,
-)
+from perflow_diffusers.weights import MergeError, merge_delta, plan_merge, set_delta_scale, unmerge_delta
+from perflow_diffusers.weights.merge import layers as stack
+from perflow_diffusers.weights.merge import sums
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -17,8 +17,8 @@ from perflow_diffusers.weights import (
     merge_delta,
     merge_files,
     open_weights,
-    single_file,
 )
+from perflow_diffusers.weights.read import single_file
 from perflow_diffusers.weights.read.original_file import ema_names
 
 _TINY = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 4}

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from ldm_names import CONFIGS, ldm_names
 
-from perflow_diffusers.weights import lora_names
+from perflow_diffusers.weights.read import lora_names
 from perflow_diffusers.weights.read.original_names import (
     blocks_of_layers,
     blocks_of_model,

@@ -8,6 +8,7 @@ import torch
 from lora_files import random_factors, write_kohya
 from safetensors.torch import load_file, save_file
 
+from perflow_diffusers.io import writer
 from perflow_diffusers.weights import (
     DeltaError,
     MergeError,
@@ -15,10 +16,9 @@ from perflow_diffusers.weights import (
     WeightWriteError,
     merge_delta,
     open_weights,
-    pack,
     unmerge_delta,
-    writer,
 )
+from perflow_diffusers.weights.make import shrink as pack
 from perflow_diffusers.weights.make.shrink import shrink_delta
 from perflow_diffusers.weights.read.lora import as_delta
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from perflow_diffusers.weights import MergeError, lora_names, merge_delta, merge_files, open_weights, set_delta_scale
+from perflow_diffusers.weights import MergeError, merge_delta, merge_files, open_weights, set_delta_scale
 from perflow_diffusers.weights.make.combine import combine
+from perflow_diffusers.weights.read import lora_names
 from perflow_diffusers.weights.scales import parse_scale, strength_of
 
 RESNET = "resnets.0.conv1.weight"
