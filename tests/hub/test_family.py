@@ -179,7 +179,7 @@ def test_the_table_knows_the_noise_of_every_family():
     for entry in PUBLISHED:
         said = PeRFlowArtifact.from_header(entry.metadata)
         assert {key: said.noise[key] for key in NOISE} == NOISE and said.noise["num_train_timesteps"] == 1000
-        assert said.base_prediction_type == {"SD 2.x": "v_prediction"}.get(entry.family, "epsilon")
+        assert said.base_prediction_type == {"SD 2.x": "v_prediction"}.get(entry.family.name, "epsilon")
 
 
 @pytest.mark.parametrize(

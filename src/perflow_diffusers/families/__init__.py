@@ -1,1 +1,52 @@
-"""Model families as data: what their networks are called and made of, and which weights are published for them."""
+"""Model families as data: what their networks are called and made of. A new family is a row of `FAMILIES`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from perflow_diffusers.families.family import Family, Network, is_wider
+from perflow_diffusers.families.stable_diffusion import REFINER, SD1, SD2, SDXL, T5
+
+__all__ = [
+    "COMPONENTS",
+    "FAMILIES",
+    "FIRST_LAYERS",
+    "NETWORKS",
+    "TEXT_LAYERS",
+    "Family",
+    "Network",
+    "family_in_words",
+    "family_of",
+    "is_wider",
+    "network_in",
+]
+
+#: All that are known; accelerators are published for the first three.
+FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL, REFINER, T5)
+#: Their networks, each once.
+NETWORKS: tuple[Network, ...] = tuple(dict.fromkeys(family.network for family in FAMILIES))
+#: What pipelines call these networks, and the folders that their weights are in.
+COMPONENTS: tuple[str, ...] = tuple(network.component for network in NETWORKS)
+
+#: Their weights of the first layer, which have more inputs in inpainting and other models of a family.
+FIRST_LAYERS = frozenset(network.first_layer for network in NETWORKS)
+#: How the names of their weights end that read the text embedding: their columns are its width.
+TEXT_LAYERS = tuple(network.text_layer for network in NETWORKS)
+
+
+def network_in(pipe: Any) -> Any:
+    """The network that a pipeline denoises with, whatever it is called; None for what has none of `NETWORKS`."""
+    return next((part for name in COMPONENTS if (part := getattr(pipe, name, None)) is not None), None)
+
+
+def family_of(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
+    """The family of a model whose weights have these shapes, by canonical name; None if none is known."""
+    return next((one for one in FAMILIES if one.network.text_width(shapes) == one.text_width), None)
+
+
+def family_in_words(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The same for people, who also want to hear what an unknown one has."""
+    found = family_of(shapes)
+    if found is not None:
+        return found.name
+    widths = [width for network in NETWORKS if (width := network.text_width(shapes)) is not None]
+    return f"a UNet with text embeddings of width {widths[0]}" if widths else "a model without cross attention"

@@ -4,17 +4,11 @@ import json
 from dataclasses import dataclass
 from functools import partial
 
+from perflow_diffusers.families.family import Family
+from perflow_diffusers.families.stable_diffusion import SD1, SD2, SDXL
 from perflow_diffusers.words.shown import shown
 
 _OWNER = "hansyan"
-#: The noise schedule of SD 1.x, SD 2.x and SDXL, as their scheduler configurations have it.
-NOISE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "rescale_betas_zero_snr": False,
-}
 
 
 @shown
@@ -25,13 +19,13 @@ class Published:
     `name` is its repository under `owner`; `form` is "delta" (the difference of a UNet) or "pipeline" (a whole
     pipeline whose UNet has the difference in it); `variant` the one to take of several; `guidance` the range that its
     authors recommend, for few steps first; `short_name` what users may type; `base_prediction_type` what the base of
-    this family predicts. The noise schedule is the same of all families.
+    this family predicts.
     """
 
     name: str
     form: str
     prediction_type: str
-    family: str
+    family: Family
     variant: str | None = None
     guidance: tuple[float, float] | None = None
     num_time_windows: int = 4
@@ -55,16 +49,16 @@ class Published:
     def metadata(self) -> dict[str, str]:
         """All that the header of these weights would say, had they one (str -> str)."""
         header = {**self.training, "recommended_steps": str(list(self.recommended_steps)), "licence": self.licence}
-        header.update(base_prediction_type=self.base_prediction_type, noise=json.dumps(NOISE))
+        header.update(base_prediction_type=self.base_prediction_type, noise=json.dumps(dict(self.family.noise)))
         if self.guidance is not None:
             header["recommended_guidance_scale"] = str(self.guidance[0])
         return header
 
 
-_SD15 = partial(Published, prediction_type="diff_eps", family="SD 1.x", guidance=(4.5, 7.5))
+_SD15 = partial(Published, prediction_type="diff_eps", family=SD1, guidance=(4.5, 7.5))
 # PeRFlow's velocity, which is not what its base predicts.
-_SD21 = partial(Published, prediction_type="velocity", family="SD 2.x", base_prediction_type="v_prediction")
-_SDXL = partial(Published, prediction_type="ddim_eps", family="SDXL")
+_SD21 = partial(Published, prediction_type="velocity", family=SD2, base_prediction_type="v_prediction")
+_SDXL = partial(Published, prediction_type="ddim_eps", family=SDXL)
 
 #: All of them; no LoRA and no SDXL delta is among them.
 PUBLISHED: tuple[Published, ...] = (

@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import is_peft_available
 
 from perflow_diffusers.errors import ArtifactError
+from perflow_diffusers.families import FIRST_LAYERS, is_wider
 from perflow_diffusers.hub.network import live_shapes
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.make.convert import convert_lora
@@ -20,7 +21,6 @@ from perflow_diffusers.weights.read.lora_layers import lora_layers
 from perflow_diffusers.weights.scales import Strength
 
 ADAPTER = "perflow"
-_FIRST = "conv_in.weight"
 _REMOVED = (
     f"the LoRA '{ADAPTER}' was removed from the UNet, e.g. by `unload_lora_weights()`. `unload_perflow(pipe)` puts "
     "the former scheduler back; then load the accelerator again."
@@ -39,10 +39,9 @@ def obstacle(pipe: Any, lora: WeightSource) -> str | None:
     if any(layer.disable_adapters for _, layer in _layers(unet)):
         return "its LoRAs are switched off"
     shapes = live_shapes(unet)
-    wide, narrow = shapes.get(_FIRST, ()), as_delta(lora, shapes).shapes.get(_FIRST, ())
-    if len(wide) == len(narrow) == 4 and wide[1] > narrow[1]:
-        return f"its first layer has {wide[1]} inputs, and the LoRA {narrow[1]}"
-    return None
+    given = as_delta(lora, shapes).shapes
+    wide = [name for name in FIRST_LAYERS & {*shapes} & {*given} if is_wider(shapes[name], given[name])]
+    return f"its first layer has {shapes[wide[0]][1]} inputs, and the LoRA {given[wide[0]][1]}" if wide else None
 
 
 def attach(pipe: Any, path: Path, strength: Strength) -> None:

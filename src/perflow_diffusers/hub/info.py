@@ -191,7 +191,7 @@ def _of_table(entry: Published, sizes: Mapping[str, int]) -> ArtifactInfo:
     what = "a whole pipeline: load it, then `set_scheduler(pipe)`" if entry.form == "pipeline" else "a delta"
     variant = f", variant {entry.variant}" if entry.variant else ""
     weights = {name: size for name, size in sizes.items() if name.endswith(".safetensors")}
-    note = f"  published weights for {entry.family}: {what}{variant}"
+    note = f"  published weights for {entry.family.name}: {what}{variant}"
     return ArtifactInfo(entry.repo_id, PeRFlowArtifact.from_header(entry.metadata), weights, entry.licence, note)
 
 

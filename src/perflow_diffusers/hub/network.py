@@ -5,20 +5,15 @@ from typing import Any
 
 import torch
 
+from perflow_diffusers.families import FIRST_LAYERS, NETWORKS, family_in_words
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.merge.within import values
 from perflow_diffusers.weights.read import live
-from perflow_diffusers.weights.read.keys import canonical_map, family, grouped
+from perflow_diffusers.weights.read.keys import canonical_map, grouped
 from perflow_diffusers.weights.read.live import find_unet
 
-#: Keys of a UNet's configuration that tell families apart; inputs may differ (inpainting), these may not.
-SIGNATURE = (
-    "cross_attention_dim",
-    "block_out_channels",
-    "layers_per_block",
-    "transformer_layers_per_block",
-    "addition_embed_type",
-)
+#: Keys of a configuration that tell families apart; inputs may differ (inpainting), these may not.
+SIGNATURE = tuple(dict.fromkeys(key for network in NETWORKS for key in network.signature))
 _TENSORS = 12
 # Distances of the sampled weights: up to the first, rounding explains them; beyond the second, nothing is shared.
 _ROUNDING, _UNRELATED = 0.003, 0.9
@@ -35,8 +30,7 @@ def sample_base(base: Any) -> dict[str, list[float]]:
     """A few numbers of a few weights of a base, by canonical name; `base` is anything that `open_weights` takes."""
     weights = open_weights(base)
     names, _ = canonical_map(weights)
-    # Not the first layer: checkpoints with more inputs (inpainting) have another one.
-    large = sorted(name for name, key in names.items() if len(weights.shapes[key]) > 1 and name != "conv_in.weight")
+    large = sorted(name for name, key in names.items() if len(weights.shapes[key]) > 1 and name not in FIRST_LAYERS)
     chosen = [large[round(i)] for i in torch.linspace(0, len(large) - 1, min(_TENSORS, len(large))).tolist()]
     return {name: [float(f"{x:.6g}") for x in values(weights[names[name]])] for name in chosen}
 
@@ -102,7 +96,8 @@ def shape_misfit(delta: WeightSource, unet: torch.nn.Module) -> str | None:
     ]
     if not unknown and not wrong:
         return None
-    parts = [f"{family(delta.shapes)} for {family(have)}"] if family(delta.shapes) != family(have) else []
+    kinds = [family_in_words(shapes) for shapes in (delta.shapes, have)]
+    parts = [f"{kinds[0]} for {kinds[1]}"] if kinds[0] != kinds[1] else []
     parts += [f"unknown ({len(unknown)}): {grouped(unknown)}"] if unknown else []
     parts += [f"misshapen ({len(wrong)}): {grouped(wrong)}"] if wrong else []
     return "; ".join(parts)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from perflow_diffusers.errors import WeightSourceError
 from perflow_diffusers.io.documents import parsed
+from perflow_diffusers.words.shown import shown
 
 #: Endings of files that may be pickles.
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -49,6 +50,7 @@ def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
     return ",".join(sorted({dtype_name(dtype) for dtype in dtypes}))
 
 
+@shown
 @dataclass(frozen=True)
 class TensorFile:
     """One safetensors file, memory-mapped on the CPU: what its header says, and `read(name)`."""

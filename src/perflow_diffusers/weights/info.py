@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from perflow_diffusers.errors import WeightSourceError
+from perflow_diffusers.families import TEXT_LAYERS, family_in_words
 from perflow_diffusers.io.documents import parsed
 from perflow_diffusers.io.tensors import dtype_name
 from perflow_diffusers.weights.read import keys
@@ -99,7 +100,7 @@ def describe_weights(source: Any, **where: "Unpack[HubOptions]") -> WeightsInfo:
     weights = open_weights(source, **where)
     names, _ = keys.canonical_map(weights)
     shapes = {name: weights.shapes[key] for name, key in names.items()}
-    form, family = weights.kind, keys.family(shapes)
+    form, family = weights.kind, family_in_words(shapes)
     ranks: dict[int, int] = {}
     if keys.has_adapters(weights):
         form = "saved with adapters attached"
@@ -131,8 +132,8 @@ def _original(weights: WeightSource) -> tuple[str, str]:
     form = "original checkpoint" if rest > _EMA_COUNTERS else "original UNet"
     form += (", with EMA weights" if names else ", EMA weights only") if means else ""
     shapes = {name: weights.shapes[key] for name, key in read.items()}
-    told = any(name.endswith("attn2.to_k.weight") for name in shapes)
-    return form, keys.family(shapes) if told else "diffusers' from_single_file"
+    told = any(name.endswith(TEXT_LAYERS) for name in shapes)
+    return form, family_in_words(shapes) if told else "diffusers' from_single_file"
 
 
 def _lora(weights: WeightSource) -> tuple[str, dict[int, int], str]:
@@ -149,8 +150,8 @@ def _lora(weights: WeightSource) -> tuple[str, dict[int, int], str]:
     kinds = sorted({KIN_ROLES[role] for role in roles if role in KIN_ROLES})
     layout = "kohya" if any(layer.prefix for layer in layers) else "diffusers"
     form = f"{', '.join(kinds)} layers" if kinds else f"{layout} LoRA"
-    told = any(name.endswith("attn2.to_k.weight") for name in shapes)
-    family = keys.family(shapes) if told else "a UNet of unknown width" if shapes else "text encoders alone"
+    told = any(name.endswith(TEXT_LAYERS) for name in shapes)
+    family = family_in_words(shapes) if told else "a UNet of unknown width" if shapes else "text encoders alone"
     return form, dict(sorted(ranks.items())), family
 
 

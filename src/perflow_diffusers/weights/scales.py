@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perflow_diffusers.errors import MergeError
+from perflow_diffusers.families import NETWORKS
 from perflow_diffusers.words.arguments import is_number
 from perflow_diffusers.words.notices import warn_user
 from perflow_diffusers.words.shown import shown
@@ -15,7 +16,8 @@ from perflow_diffusers.words.shown import shown
 #: One number, or numbers by block: see `strength_of`.
 Scale = float | Mapping[str, Any]
 
-_SIDES = {"down": "down_blocks", "up": "up_blocks"}
+_SIDES = {side: blocks for network in NETWORKS for side, blocks in network.sides.items()}
+_MIDDLES = [network.middle for network in NETWORKS if network.middle]
 _FAR = 3.0
 _KOHYA = re.compile(r"(IN|M|OUT)\d\d")
 
@@ -123,9 +125,10 @@ class _Tree:
         """(beginning of names, number) of one entry."""
         if key in _SIDES and _SIDES[key] in self.prefixes:
             return self._side(_SIDES[key], key, value)
-        if key == "mid" and "mid_block" in self.prefixes:
+        middle = next((name for name in _MIDDLES if name in self.prefixes), None)
+        if key == "mid" and middle is not None:
             only = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
-            return [("mid_block", _number(only, key))]
+            return [(middle, _number(only, key))]
         if isinstance(key, str) and _KOHYA.fullmatch(key) and key in (counted := self.counted()):
             return [(name, _number(value, key)) for name in counted[key]]
         if key in self.prefixes:

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from perflow_diffusers.errors import WeightSourceError
+from perflow_diffusers.families.stable_diffusion import SDXL
 from perflow_diffusers.io.documents import parsed
 from perflow_diffusers.io.writer import File, Spec, check_file_name, check_target, write_together
 from perflow_diffusers.weights.read import keys, lora_names
@@ -26,13 +27,11 @@ from perflow_diffusers.weights.read.lora_layers import (
     lora_layers,
     warn_of_bundled,
 )
-from perflow_diffusers.weights.read.original_names import SDXL, Blocks, blocks_of_layers, blocks_of_model, uniform
+from perflow_diffusers.weights.read.original_names import Blocks, blocks_of_layers, blocks_of_model, uniform
 from perflow_diffusers.weights.read.source import WeightSource, check_detached, open_weights
 from perflow_diffusers.words.arguments import path_of
 
 Layout = Literal["diffusers", "kohya"]
-
-_SDXL_WIDTH = 2048
 
 
 def convert_lora(
@@ -266,10 +265,10 @@ class _Naming:
             prefixes |= {layer.component: layer.prefix for layer in given.values()}
             original = any(layer.original and "_block" in layer.module for layer in given.values())
             names = {place: layer.down.rpartition(".lora_")[0] for place, layer in given.items()}
-            return cls(prefixes, original, blocks or SDXL, names)
+            return cls(prefixes, original, blocks or Blocks(), names)
         prefixes |= {key: value for key, value in noted.get("prefixes", {}).items() if key in prefixes}
         original = bool(noted.get("original", sdxl and blocks is not None))
-        return cls(prefixes, original, blocks or SDXL, noted.get("names", {}))
+        return cls(prefixes, original, blocks or Blocks(), noted.get("names", {}))
 
 
 def _kohya_name(layer: LoraLayer, naming: _Naming) -> str | None:
@@ -319,7 +318,7 @@ def _is_sdxl(source: WeightSource, layers: tuple[LoraLayer, ...]) -> bool:
     return any(
         layer.component == "text_encoder_2"
         or layer.module.startswith("add_embedding.")
-        or (layer.module.endswith(("attn2.to_k", "attn2.to_v")) and source.shapes[layer.down][1] == _SDXL_WIDTH)
+        or (layer.module.endswith(("attn2.to_k", "attn2.to_v")) and source.shapes[layer.down][1] == SDXL.text_width)
         or (layer.component == "unet" and ".transformer_blocks.1." in layer.module)
         for layer in layers
     )

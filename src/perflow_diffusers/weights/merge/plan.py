@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from perflow_diffusers.errors import MergeError
+from perflow_diffusers.families import FIRST_LAYERS, NETWORKS, family_in_words, is_wider
 from perflow_diffusers.weights.merge.sums import Layer, check_sums
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.complete import is_complete_beside
@@ -19,8 +20,6 @@ from perflow_diffusers.weights.scales import Scale, strength_of
 from perflow_diffusers.words.shown import LongDict, html_table, shorten, shown
 
 ConvIn = Literal["pad", "skip"]
-
-_WIDE = "conv_in.weight"
 
 
 @shown
@@ -239,7 +238,7 @@ def _edits(
         have, given = tuple(weights[name].shape), delta.shapes[key]
         if have == given:
             edits.append(Edit(name, key))
-        elif name == _WIDE and _is_wider(have, given):
+        elif name in FIRST_LAYERS and is_wider(have, given):
             if conv_in == "pad":
                 edits.append(Edit(name, key, channels=given[1]))
             else:
@@ -256,11 +255,6 @@ def _edits(
     return tuple(edits), tuple(skipped)
 
 
-def _is_wider(have: tuple[int, ...], given: tuple[int, ...]) -> bool:
-    """Whether two convolutions differ in nothing but more input channels of the first."""
-    return len(have) == len(given) == 4 and have[1] > given[1] and (have[0], *have[2:]) == (given[0], *given[2:])
-
-
 def _mismatch(
     delta: WeightSource,
     names: Mapping[str, str],
@@ -270,14 +264,17 @@ def _mismatch(
     misshapen: list[str],
 ) -> str:
     """Grouped lists and the likely cause."""
-    given = keys.family({name: delta.shapes[key] for name, key in names.items()})
-    have = keys.family({name: tuple(weight.shape) for name, weight in weights.items()})
+    given = family_in_words({name: delta.shapes[key] for name, key in names.items()})
+    have = family_in_words({name: tuple(weight.shape) for name, weight in weights.items()})
     parts = [f"{delta.name} does not fit the model; nothing was changed."]
     for what, found in (("Missing in the delta", missing), ("Not in the model", unknown), ("Misshapen", misshapen)):
         if found:
             parts.append(f"{what} ({len(found)}): {keys.grouped(found)}.")
     if len(unknown) == len(names):
-        parts.append("Not one name is common: these are the weights of something else than a UNet2DConditionModel.")
+        parts.append(
+            "Not one name is common: these are the weights of something else than a "
+            f"{' or '.join(network.class_name for network in NETWORKS)}."
+        )
     elif given != have:
         parts.append(f"The delta is for {given}, the model is {have}: take the delta of that family.")
     elif misshapen:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from perflow_diffusers.errors import DeltaError
+from perflow_diffusers.families import FIRST_LAYERS
 from perflow_diffusers.weights.read.source import WeightSource
 
 # Gains begin at 1 and stay positive, but trained ones are anything from 0.05 to 5. A layer's numbers are 0.58 /
@@ -15,7 +16,6 @@ _SIZE, _GAIN, _AGREEMENT = 0.47, 0.02, 0.5
 _SAME_SIZE, _SMALLER = 0.6, 0.5  # beside a base: shares of its figures
 _NEAR = 0.5  # relative distance of gains; even a delta of 30 % of the base's gains is 0.7 away from them
 _LAYERS, _ROWS = 12, 8
-_SKIPPED = "conv_in.weight"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def is_complete_beside(source: WeightSource, names: Mapping[str, str], weights: 
     shared = {
         name: source.shapes[key]
         for name, key in names.items()
-        if name in weights and tuple(weights[name].shape) == source.shapes[key] and name != _SKIPPED
+        if name in weights and tuple(weights[name].shape) == source.shapes[key] and name not in FIRST_LAYERS
     }
     norms = _norms(shared)
     whole = not source.partial and 4 * len(shared) > len(weights)  # a few layers alone are no model
@@ -119,7 +119,9 @@ def _norms(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def _some_layers(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    large = sorted(name for name, shape in shapes.items() if len(shape) > 1 and 0 not in shape and name != _SKIPPED)
+    large = sorted(
+        name for name, shape in shapes.items() if len(shape) > 1 and 0 not in shape and name not in FIRST_LAYERS
+    )
     return large[:: max(1, len(large) // _LAYERS)]
 
 

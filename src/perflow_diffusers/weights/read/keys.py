@@ -2,7 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
+
+from perflow_diffusers.families import COMPONENTS, NETWORKS
 
 ORIGINAL_PREFIX = "model.diffusion_model."
 EMA_PREFIX = "model_ema.diffusion_model"
@@ -23,14 +25,10 @@ _LORA_WORDS = (
     "b_norm",
     "set_weight",
 )  # no name without one of them can match: a fast first look
-_EXTENSION = re.compile(
-    r"\.processor\.|(^|\.)encoder_hid_proj\.|(^|\.)(motion_modules|motion_module)\.|(^|\.)position_net\.|\.fuser\."
-    r"|(^|\.)class_embedding\.|(^|\.)time_embedding\.cond_proj\.|_joint\w*\.|\.to_q?kv\.|(^|\.)image_proj|(^|\.)ref_unet\."
-)
+_EXTENSION = re.compile("|".join(pattern for network in NETWORKS for pattern in network.extensions))
 _ORIGINAL = re.compile(
     rf"{re.escape(ORIGINAL_PREFIX)}|{re.escape(EMA_PREFIX)}|(diffusion_model\.)?(input_blocks|middle_block|output_blocks)\.\d"
 )
-_FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "the SDXL refiner", 4096: "a T5-conditioned UNet"}
 
 
 def canonical(name: str) -> str | None:
@@ -47,10 +45,11 @@ def canonical(name: str) -> str | None:
 def canonical_map(names: Iterable[str]) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
     """`{canonical name: name}` of all tensors that belong to no adapter, and the pairs of names that collide.
 
-    A leading `unet.` is removed if every name has it.
+    The name of a component before all of them, as in `unet.conv_in.weight`, is removed.
     """
     names = list(names)
-    prefix = "unet." if names and all(name.startswith("unet.") for name in names) else ""
+    prefixes = (f"{component}." for component in COMPONENTS)
+    prefix = next((one for one in prefixes if names and all(name.startswith(one) for name in names)), "")
     found: dict[str, str] = {}
     collisions = []
     for name in names:
@@ -64,11 +63,7 @@ def canonical_map(names: Iterable[str]) -> tuple[dict[str, str], tuple[tuple[str
 
 
 def is_extension(name: str) -> bool:
-    """Whether a canonical name belongs to a module that people add to a UNet and that no delta has to know.
-
-    IP-Adapter, motion modules, GLIGEN, class or camera embeddings, joint attention, guidance embedding, and the
-    leftovers of fused projections.
-    """
+    """Whether a canonical name belongs to a module that people add and that no delta has to know."""
     return _EXTENSION.search(name) is not None
 
 
@@ -92,15 +87,6 @@ def is_original_format(names: Iterable[str]) -> bool:
     """
     names = list(names)
     return any(_ORIGINAL.match(name) for name in names) and not is_lora(names)
-
-
-def family(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """In words, which kind of UNet has these `{canonical name: shape}`, judged by the width of its text embedding."""
-    for name, shape in shapes.items():
-        if name.endswith("attn2.to_k.weight") and len(shape) == 2:
-            width = shape[1]
-            return _FAMILIES.get(width, f"a UNet with text embeddings of width {width}")
-    return "a model without cross attention"
 
 
 def grouped(names: Iterable[str], limit: int = 6) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.errors import MergeError, WeightSourceError
+from perflow_diffusers.families import network_in
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.words.arguments import in_words
 
@@ -19,7 +20,7 @@ def find_unet(pipe_or_unet: Any) -> torch.nn.Module:
 
     Raises `MergeError` if there is none.
     """
-    module: Any = pipe_or_unet if isinstance(pipe_or_unet, torch.nn.Module) else getattr(pipe_or_unet, "unet", None)
+    module: Any = pipe_or_unet if isinstance(pipe_or_unet, torch.nn.Module) else network_in(pipe_or_unet)
     if not isinstance(module, torch.nn.Module):
         raise MergeError(_no_unet(pipe_or_unet))
     return unwrapped(module)

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from perflow_diffusers.errors import WeightSourceError
+from perflow_diffusers.families import COMPONENTS
 from perflow_diffusers.families.published import PUBLISHED
 from perflow_diffusers.io.documents import read_object
 from perflow_diffusers.io.names import Where, pasted
@@ -172,11 +173,12 @@ def _gather(names: Iterable[str], fetch: Callable[[str], Path], where: str, vari
 
 
 def _choose(names: list[str], where: str, variant: str | None) -> str:
-    """The one weight file (or index of shards) that `names` offer; a pipeline's weights are in its `unet/`."""
+    """The one weight file (or index of shards) that `names` offer; a pipeline's are in a component's folder."""
     here = [name for name in names if "/" not in name]
-    inside = [name.removeprefix("unet/") for name in names if name.startswith("unet/")]
-    if inside and ("model_index.json" in here or not _weight_files(here)):
-        return f"unet/{_choose(inside, f'{where}/unet', variant)}"
+    home = next((f"{part}/" for part in COMPONENTS if any(name.startswith(f"{part}/") for name in names)), None)
+    if home is not None and ("model_index.json" in here or not _weight_files(here)):
+        inside = [name.removeprefix(home) for name in names if name.startswith(home)]
+        return home + _choose(inside, f"{where}/{home}".rstrip("/"), variant)
     found = _weight_files(here)
     if not found:
         raise WeightSourceError(_nothing_found(names, where))

@@ -14,6 +14,7 @@ from types import MappingProxyType
 import torch
 
 from perflow_diffusers.errors import WeightSourceError
+from perflow_diffusers.families import NETWORKS
 from perflow_diffusers.weights.read import keys, lora_names
 from perflow_diffusers.weights.read.adapter_config import AdapterConfig, adapter_configs
 from perflow_diffusers.weights.read.lora_layers import LoraLayer, named_tensors, number
@@ -24,7 +25,7 @@ _Shape = tuple[int, ...]
 _Parts = Mapping[str, str]  # role -> key in the source
 
 # Modules that are convolutions in every UNet of these families -> the size of their kernel.
-_KERNELS = {**dict.fromkeys(("conv", "conv1", "conv2", "conv_in", "conv_out"), 3), "conv_shortcut": 1}
+_KERNELS = {name: size for network in NETWORKS for name, size in network.kernels.items()}
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from perflow_diffusers.families import NETWORKS
 from perflow_diffusers.weights.read.original_names import SDXL, Blocks, from_original, to_original
 
 __all__ = [
@@ -25,7 +26,7 @@ __all__ = [
 
 #: Part of a diffusers pipeline -> how kohya's names begin that belong to it, the usual one first.
 KOHYA_PREFIXES = {
-    "unet": ("lora_unet_",),
+    **{network.component: network.kohya_prefixes for network in NETWORKS},
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
 }
@@ -71,23 +72,15 @@ _KIN = re.compile(
 _DIFFERENCE = re.compile(r"(?P<module>.+)\.(?P<role>diff|diff_b|w_norm|b_norm)")
 _BIAS = re.compile(r"(?P<module>.+)\.(?P<role>lora_B|lora_up)(\.[^.]+)?\.bias")
 
-# The words that module names of UNets (diffusers' and the original ones) and of CLIP consist of; each one is kept
-# whole where underscores become dots.
-_WORDS = (
-    "down_blocks|up_blocks|mid_block|input_blocks|middle_block|output_blocks|transformer_blocks|resnets|attentions|"
-    "downsamplers|upsamplers|attn1|attn2|to_q|to_k|to_v|to_out|ff|net|proj_in|proj_out|proj|conv_shortcut|conv_in|"
-    "conv_norm_out|conv_out|conv1|conv2|conv|norm1|norm2|norm3|norm|time_emb_proj|time_embedding|time_embed|add_embedding|class_embedding|label_emb|"
-    "cond_proj|linear_1|linear_2|linear|in_layers|out_layers|emb_layers|skip_connection|op|out|"
-    "text_model|text_projection|encoder|layers|self_attn|q_proj|k_proj|v_proj|out_proj|mlp|fc1|fc2"
-)
+# The words that module names of our networks and of CLIP consist of; each one is kept whole where underscores become
+# dots.
+_CLIP = ("text_model", "text_projection", "encoder", "layers", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj")
+_WORDS = {word for network in NETWORKS for word in network.words} | {*_CLIP, "mlp", "fc1", "fc2"}
 # Longer words first: no word is taken for its own beginning (out for out_proj).
-_WORD = re.compile(rf"({'|'.join(sorted(_WORDS.split('|'), key=len, reverse=True))}|\d+)(?:_|$)")
+_WORD = re.compile(rf"({'|'.join(sorted(_WORDS, key=len, reverse=True))}|\d+)(?:_|$)")
 
-# What the names of a UNet's modules begin with. A name that says of no component whose it is must begin so.
-_ROOTS = (
-    "down_blocks|up_blocks|mid_block|conv_in|conv_norm_out|conv_out|time_embedding|add_embedding|class_embedding|time_emb_proj|"
-    "encoder_hid_proj|position_net|transformer_in"
-)
+# A name that says of no component whose it is must begin as the names of our networks do.
+_ROOTS = "|".join(root for network in NETWORKS for root in network.roots)
 _ORIGINAL = re.compile(r"(input_blocks|middle_block|output_blocks|out|time_embed|label_emb)\.")
 _ROOT = re.compile(rf"({_ROOTS})(\.|$)")
 

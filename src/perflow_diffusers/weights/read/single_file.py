@@ -10,38 +10,18 @@ import torch
 from diffusers.utils import logging
 
 from perflow_diffusers.errors import DeltaError
+from perflow_diffusers.families import FAMILIES, TEXT_LAYERS
 from perflow_diffusers.weights.read.keys import ORIGINAL_PREFIX
 from perflow_diffusers.weights.read.original_file import ema_names, unet_names
 from perflow_diffusers.weights.read.source import Renamed, WeightSource, open_weights
 
 logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so that its verbosity applies
 
-_SD1: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
-_SD2: dict[str, Any] = {
-    "sample_size": 96,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": [5, 10, 20, 20],
-    "use_linear_projection": True,
-}
-_SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "cross_attention_dim": 2048,
-    "attention_head_dim": [5, 10, 20],
-    "use_linear_projection": True,
-    "block_out_channels": [320, 640, 1280],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 #: Width of the text embedding -> what the UNet's config says beside the defaults of `UNet2DConditionModel`.
-UNET_CONFIGS: dict[int, dict[str, Any]] = {768: _SD1, 1024: _SD2, 2048: _SDXL}
+UNET_CONFIGS: dict[int, dict[str, Any]] = {one.text_width: dict(one.config) for one in FAMILIES if one.config}
 
 _LAYERS = {"layers_per_block": 2}  # diffusers' converter reads it from the file, where a default does not count
 _CONV_IN = ORIGINAL_PREFIX + "input_blocks.0.0.weight"
-_TEXT = ".transformer_blocks.0.attn2.to_k.weight"
 
 
 def unet_of_single_file(source: WeightSource, config: Mapping[str, Any] | None = None) -> WeightSource:
@@ -101,7 +81,7 @@ def _chosen(source: WeightSource) -> dict[str, str]:
 
 def _known_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     """The config of a family that is known here."""
-    widths = {shape[1] for name, shape in shapes.items() if name.endswith(_TEXT) and len(shape) == 2}
+    widths = {shape[1] for name, shape in shapes.items() if name.endswith(TEXT_LAYERS) and len(shape) == 2}
     known = UNET_CONFIGS.get(widths.pop()) if len(widths) == 1 else None
     if known is None or _CONV_IN not in shapes:
         return None

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 
 from perflow_diffusers.errors import WeightSourceError
+from perflow_diffusers.families import FIRST_LAYERS, TEXT_LAYERS
 from perflow_diffusers.io.documents import read_object
 from perflow_diffusers.weights.read.source import WeightSource
-
-_TEXT = ".attn2.to_k.weight"
 
 
 def config_beside(source: WeightSource, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -39,9 +38,9 @@ def _misfit(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> s
     name = config.get("_class_name")
     if name is not None and "UNet" not in str(name):
         return f"it is one of {name!s:.50}"
-    first = weights.get("conv_in.weight")
+    first = next((weights[name] for name in FIRST_LAYERS if name in weights), None)
     facts = {} if first is None else {"in_channels": [first.shape[1]], "block_out_channels": [first.shape[0]]}
-    texts = [tensor for key, tensor in weights.items() if key.endswith(_TEXT) and tensor.ndim == 2]
+    texts = [tensor for key, tensor in weights.items() if key.endswith(TEXT_LAYERS) and tensor.ndim == 2]
     facts["cross_attention_dim"] = sorted({tensor.shape[1] for tensor in texts})
     said = {key: _first(config[key]) for key in facts if config.get(key) is not None}
     if name is None and not {"in_channels", "block_out_channels"} <= set(said):
