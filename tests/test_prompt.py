@@ -159,7 +159,7 @@ class Cells(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.rows, self.open, self.texts = [], [], []
+        self.rows, self.open, self.texts, self.sides = [], [], [], []
         self.feed(text)
         assert not self.open
 
@@ -167,6 +167,9 @@ class Cells(HTMLParser):
         self.open.append(tag)
         if tag == "tr":
             self.rows.append([])
+            self.sides.append([])
+        if tag in ("td", "th"):
+            self.sides[-1].append(dict(attrs)["style"].removeprefix("text-align:"))
         assert not any("color" in str(value) or "background" in str(value) for _, value in attrs)
 
     def handle_endtag(self, tag):
@@ -194,6 +197,26 @@ def test_the_table_of_an_extraction_has_the_errors_of_its_layers(returned):
     row = next(row for row in Cells(report._repr_html_()).rows if row[0] == "conv_in")
     layer = next(layer for layer in report.layers if layer.name == "conv_in.weight")
     assert row[1:4] == ["1", "2", f"{layer.relative_error:.4f}"]
+
+
+def test_numbers_of_a_column_end_below_each_other_and_words_begin_so(returned):
+    """Their heads, too; and the places behind the decimal point are as many in all rows."""
+    seen = 0
+    for thing in returned.values():
+        if not hasattr(thing, "_repr_html_"):
+            continue
+        read = Cells(thing._repr_html_())
+        assert "<caption" not in thing._repr_html_()  # notebooks make it as narrow as the table
+        for width in {len(row) for row in read.rows} - {2}:
+            table = [(row, sides) for row, sides in zip(read.rows, read.sides, strict=True) if len(row) == width]
+            for place in range(width):
+                cells = [row[place] for row, _ in table[1:]]
+                are_numbers = all(re.fullmatch(r"[\d.,e+-]+( [KMG]i?B)?", cell) for cell in cells)
+                assert {sides[place] for _, sides in table} == {"right" if are_numbers else "left"}, cells
+                if are_numbers:
+                    seen += 1
+                    assert len({len(cell.split()[0].partition(".")[2]) for cell in cells}) == 1, cells
+    assert seen > 10
 
 
 def test_values_of_tables_are_escaped():

@@ -82,7 +82,14 @@ class WeightsInfo:
             ("stored as", ", ".join(f"{name} ({count})" for name, count in self.dtypes.items())),
         ]
         if self.ranks:
-            rows.append(("ranks", ", ".join(f"{rank} ({count} layers)" for rank, count in self.ranks.items())))
+            rows.append(
+                (
+                    "ranks",
+                    ", ".join(
+                        f"{rank} ({count} layer{'s' if count != 1 else ''})" for rank, count in self.ranks.items()
+                    ),
+                )
+            )
         return LongTuple(rows + [(key, str(value)) for key, value in self.settings.items()])
 
     def __str__(self) -> str:

@@ -4,6 +4,7 @@
 """
 
 import html
+import re
 import reprlib
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,8 @@ import torch
 
 LINES, WIDTH = 10, 100
 _HTML_ROWS = 40
+_NUMBER = re.compile(r"-?[\d.,]+(e[-+]\d+)?( [kMG]i?B| %)?")
+_AT_LEFT = ' style="margin-left:0"'  # JupyterLab centres what says nothing
 
 Kind = TypeVar("Kind", bound=type)
 
@@ -143,25 +146,38 @@ def shorten(thing: Any) -> None:
 
 
 def html_table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A plain table for a notebook in the notebook's own colours; the first column is text, others are numbers.
+    """A plain table for a notebook in the notebook's own colours; columns of numbers end below each other.
 
-    All values are escaped; rows beyond 40 are counted.
+    Give the cells of such a column the same decimals. All values are escaped; rows beyond 40 are counted.
     """
     rows = list(rows)
     kept = rows[:_HTML_ROWS]
-    left, right = (f' style="text-align:{side}"' for side in ("left", "right"))
+    is_number = [all(_NUMBER.fullmatch(str(row[place])) for row in rows) for place in range(len(columns))]
 
     def line(cells: Iterable[Any], tag: str) -> str:
         parts = (
-            f"<{tag}{right if place else left}>{html.escape(str(cell))}</{tag}>" for place, cell in enumerate(cells)
+            _cell(cell, tag, "right" if number else "left") for cell, number in zip(cells, is_number, strict=True)
         )
         return f"<tr>{''.join(parts)}</tr>"
 
-    head = f"<thead>{line(columns, 'th')}</thead>" if columns else ""
     body = "".join(line(row, "td") for row in kept)
     more = f"<p>... {len(rows) - len(kept)} more</p>" if len(rows) > len(kept) else ""
-    title = f"<caption{left}>{html.escape(caption)}</caption>" if caption else ""
-    return f"<table>{title}{head}<tbody>{body}</tbody></table>{more}"
+    return f"{_title(caption)}<table{_AT_LEFT}><thead>{line(columns, 'th')}</thead><tbody>{body}</tbody></table>{more}"
+
+
+def html_facts(caption: str, facts: Iterable[tuple[str, Any]]) -> str:
+    """Names and values in words, for a notebook."""
+    rows = "".join(f"<tr>{_cell(name, 'th', 'left')}{_cell(value, 'td', 'left')}</tr>" for name, value in facts)
+    return f"{_title(caption)}<table{_AT_LEFT}><tbody>{rows}</tbody></table>"
+
+
+def _title(text: str) -> str:
+    """Above a table and not in its <caption>, which notebooks make as narrow as the table."""
+    return f'<div style="white-space:pre-line">{html.escape(text)}</div>' if text else ""
+
+
+def _cell(value: Any, tag: str, side: str) -> str:
+    return f'<{tag} style="text-align:{side}">{html.escape(str(value))}</{tag}>'
 
 
 def aligned(facts: Iterable[tuple[str, object]], columns: int = 80) -> list[str]:
@@ -174,16 +190,6 @@ def aligned(facts: Iterable[tuple[str, object]], columns: int = 80) -> list[str]
         parts = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
         lines += [f"  {'' if number else name:{width}}  {part}".rstrip() for number, part in enumerate(parts)]
     return lines
-
-
-def html_facts(caption: str, facts: Iterable[tuple[str, Any]]) -> str:
-    """Names and values in words, for a notebook."""
-    left = ' style="text-align:left"'
-    rows = "".join(
-        f"<tr><th{left}>{html.escape(str(name))}</th><td{left}>{html.escape(str(value))}</td></tr>"
-        for name, value in facts
-    )
-    return f"<table><caption{left}>{html.escape(caption)}</caption><tbody>{rows}</tbody></table>"
 
 
 def size_in_words(nbytes: int) -> str:

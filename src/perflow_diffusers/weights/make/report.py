@@ -67,7 +67,7 @@ class LoraReport:
             ranks = sorted({layer.rank for layer in found})
             span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
             size = size_in_words(sum(layer.nbytes for layer in found))
-            rows.append((block, len(found), span, f"{lost / norm if norm else 0:.4f}", f"{norm:.3g}", size))
+            rows.append((block, len(found), span, f"{lost / norm if norm else 0:.4f}", f"{norm:.3f}", size))
         columns = ("block", "layers", "rank", "error", "norm", "size")
         return html_table("\n".join(str(self).splitlines()[:4]), columns, rows)
 
@@ -76,7 +76,9 @@ class LoraReport:
         ranks = sorted(layer.rank for layer in self.layers)
         both = self.nbytes + self.residual_nbytes
         where = self.residual_path.name if self.residual_path else "dropped"
-        span = f"rank {ranks[0]} to {ranks[-1]} (median {ranks[len(ranks) // 2]})"
+        span = f"rank {ranks[0]}"
+        if ranks[0] != ranks[-1]:
+            span += f" to {ranks[-1]} (median {ranks[len(ranks) // 2]})"
         share = 100 * self.not_carried_energy
         lines = [
             f"{self.path}: {len(self.layers)} layers, {span}",

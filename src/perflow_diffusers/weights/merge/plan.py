@@ -67,7 +67,7 @@ class MergePlan:
                 block,
                 sum(name in self.edit_of for name in names),
                 sum(name not in self.edit_of for name in names),
-                f"{max((self.peaks.get(name, 0.0) for name in names), default=0.0):.3g}",
+                f"{max((self.peaks.get(name, 0.0) for name in names), default=0.0):.2e}",
             )
             for block, names in blocks.items()
         ]

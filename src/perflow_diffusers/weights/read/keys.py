@@ -111,5 +111,5 @@ def by_block(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _block(name: str) -> str:
     """`down_blocks.0.attentions.1.x.weight` -> `down_blocks.0`; `conv_in.weight` -> `conv_in`."""
-    parts = name.split(".")
+    parts = name.removeprefix("unet.").split(".")  # as LoRAs have it
     return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
