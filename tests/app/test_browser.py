@@ -9,15 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from app_server import Server
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+TABS = ("Text to image", "Image to image", "Gallery", "Model")
 SHOTS = os.environ.get("PERFLOW_SCREENSHOTS")  # a folder: the documents' pictures are those that the tests take
 
 
+CONTRAST = (Path(__file__).parent / "contrast.js").read_text()
+
+
 def shot(page, name):
+    """Take a picture for the documents, which says the test that took it (`test_documents` looks for that)."""
     if SHOTS:
-        page.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
+        taken, by = Image.open(io.BytesIO(page.screenshot(full_page=True))), PngImagePlugin.PngInfo()
+        by.add_text("taken by", os.environ["PYTEST_CURRENT_TEST"].partition(" ")[0])
+        taken.save(Path(SHOTS) / f"{name}.png", pnginfo=by, optimize=True)
 
 
 def source(page, where="picture"):
@@ -107,12 +115,19 @@ def test_the_keyboard_alone(server, window):
     steps.focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_function("() => document.querySelector('#states').querySelectorAll('figure').length === 5")
-    for control in page.locator("input:visible, textarea:visible, button:visible").all():
-        name = control.evaluate(
-            "e => e.getAttribute('aria-label') || e.getAttribute('title') || (e.labels && e.labels.length && "
-            "e.labels[0].innerText) || e.innerText || e.closest('label')?.innerText"
+    for tab in TABS:
+        page.get_by_role("tab", name=tab).focus()
+        page.keyboard.press("Enter")
+        page.wait_for_function(
+            "t => document.querySelector('[role=tab][aria-selected=true]').innerText === t", arg=tab
         )
-        assert name, control.evaluate("e => e.outerHTML")
+        page.wait_for_timeout(300)  # the tab's sheet comes after it
+        for control in page.locator("input:visible, textarea:visible, button:visible, canvas:visible").all():
+            name = control.evaluate(
+                "e => e.getAttribute('aria-label') || e.getAttribute('title') || (e.labels && e.labels.length && "
+                "e.labels[0].innerText) || e.innerText || e.closest('label')?.innerText"
+            )
+            assert name, control.evaluate("e => e.outerHTML")
 
 
 def test_a_broken_upload_is_said_in_words_and_breaks_nothing(server, window, tmp_path):
@@ -233,3 +248,100 @@ def test_a_phone(server, window, scheme):
 def test_the_dark_page(server, window):
     page = window(server.address, color_scheme="dark")
     shot(page, "page-dark")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 375])
+def test_every_text_can_be_read_and_nothing_is_cut(server, window, scheme, width):
+    """A contrast of 4.5 at least, as the Web Content Accessibility Guidelines (1.4.3, AA) ask for."""
+    page = window(server.address, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.locator("#code summary").click()
+    settled(page, lambda: page.locator("#prompt textarea").fill("a dragon with red hair"))
+    for tab in TABS:
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(300)
+        texts = page.evaluate(CONTRAST)
+        assert len(texts) > 20 and [text for text in texts if text[0] < 4.5] == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("#note .message.error").count() == 1  # there is no picture to begin from; it was read, too
+
+
+@pytest.mark.parametrize("ratio", [1, 1.5, 2])
+def test_pictures_are_enlarged_by_whole_pixels_of_the_screen_and_stay_sharp(server, window, ratio):
+    page = window(server.address, device_scale_factor=ratio)
+    for place in ("#picture img.frame", "#stock-picture img.frame", ".curtain .over"):
+        image = page.locator(place)
+        assert image.evaluate("e => getComputedStyle(e).imageRendering") == "pixelated"
+        side = image.evaluate("e => e.getBoundingClientRect().width") * ratio
+        assert side >= 256 * ratio and side / 32 == pytest.approx(round(side / 32), abs=0.01)
+
+
+def test_before_and_after(server, window):
+    page = window(server.address)
+    assert page.locator(".curtain .over").get_attribute("src") == source(page)
+    assert page.locator(".curtain .frame:not(.over)").get_attribute("src") == source(page, "stock-picture")
+    page.locator(".curtain input").focus()
+    for key, hidden in (("Home", "100%"), ("End", "0%"), ("ArrowLeft", "1%")):
+        page.keyboard.press(key)
+        clip = page.locator(".curtain .over").evaluate("e => getComputedStyle(e).clipPath")
+        assert clip in (f"inset(0px {hidden} 0px 0px)", "inset(0px)" if hidden == "0%" else "")
+
+
+def test_the_python_that_is_shown_draws_what_is_shown(server, window, tmp_path, monkeypatch):
+    page = window(server.address)
+    settled(page, lambda: set_slider(page, "steps", 5))
+    page.locator("#code summary").click()
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the page's server draws the miniature
+    try:
+        exec(compile(page.locator("#code code").inner_text(), "page", "exec"), {"__name__": "__main__"})
+    finally:
+        torch.set_num_threads(threads)
+    assert (np.asarray(Image.open("picture.png")) == pixels(source(page))).all()
+
+
+def test_seeds_suggestions_and_what_the_sliders_go_to(server, window):
+    page = window(server.address)
+    for name, (low, high) in {"steps": ("1", "16"), "strength": ("0", "1.5")}.items():
+        slider = page.locator(f"#{name} input[type=range]")
+        assert (slider.get_attribute("min"), slider.get_attribute("max")) == (low, high)
+    first = source(page)
+    settled(page, lambda: page.get_by_role("button", name="New seed").click())
+    assert source(page) != first and page.locator("#seed input").input_value() != "0"
+    settled(page, lambda: set_slider(page, "seed", 0))
+    assert (pixels(source(page)) == pixels(first)).all()
+    prompt = page.locator("#prompt textarea").input_value()
+    settled(page, lambda: page.get_by_role("button", name="Suggest one").click())
+    assert page.locator("#prompt textarea").input_value() != prompt
+
+
+def test_drawing_a_picture_to_begin_from(server, window):
+    page = window(server.address)
+    page.get_by_role("tab", name="Image to image").click()
+    at = "([x, y]) => [...document.querySelector('#upload canvas').getContext('2d').getImageData(x, y, 1, 1).data]"
+    box = page.locator("#upload canvas").bounding_box()
+    page.locator("#brush-colour").fill("#2050c0")
+
+    def stroke(y):
+        page.mouse.move(box["x"] + 40, box["y"] + y)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 200, box["y"] + y, steps=8)
+        page.mouse.up()
+
+    settled(page, lambda: stroke(60))
+    assert page.evaluate(at, [120, 60]) == [0x20, 0x50, 0xC0, 255]
+    assert page.evaluate(at, [120, 200]) == [255, 255, 255, 255]
+    assert page.locator("#picture .facts").inner_text().startswith("2 network evaluations")  # 0.7 of 4 steps
+    settled(page, lambda: stroke(200))
+    assert page.evaluate(at, [120, 200]) == [0x20, 0x50, 0xC0, 255]
+    settled(page, lambda: page.get_by_role("button", name="Undo").click())
+    assert page.evaluate(at, [120, 200]) == [255, 255, 255, 255]
+
+
+def test_a_window_that_is_closed_says_so(server, window):
+    page = window(server.address)
+    page.evaluate("navigator.sendBeacon = (address) => localStorage.setItem('said', address)")
+    page.goto(server.address + "perflow/status")  # of the same origin, so that it can be read
+    said = page.evaluate("localStorage.getItem('said')")
+    assert re.fullmatch(re.escape(server.address) + r"perflow/leave\?window=[0-9a-f]{32}", said)
