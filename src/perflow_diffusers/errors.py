@@ -21,5 +21,13 @@ class ArtifactError(ValueError):
     """An artefact cannot be found, read, trusted, or used with this pipeline."""
 
 
+class HubError(ArtifactError, WeightSourceError):
+    """The Hub, or the cache of what came from it, cannot give what was asked for, or cannot be asked like this."""
+
+
+class Unreachable(HubError):
+    """The Hub did not answer, or was not to be asked; what is in the cache may still do."""
+
+
 class PushError(ArtifactError):
     """Something cannot be published; nothing was uploaded, or the message says what."""

@@ -183,7 +183,7 @@ def test_revisions_pull_requests_and_private_repositories(world):
     loaded = world["load"]
     assert loaded["v2"] == loaded["pr"] == "me/perflow" and loaded["private with token"] == "me/secret"
     for key, name in (("private", "me/secret"), ("missing", "me/nothing"), ("no revision", "v9")):
-        assert loaded[key].startswith("ArtifactError: The Hub has no") and name in loaded[key]
+        assert loaded[key].startswith("HubError: The Hub has no") and name in loaded[key]
 
 
 def test_a_cut_download_resumes_where_it_was_cut(world, artifact_folder):

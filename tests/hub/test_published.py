@@ -7,9 +7,9 @@ from diffusers import DDIMScheduler
 from hub_pipes import make_pipe
 
 from perflow_diffusers import PeRFlowScheduler
+from perflow_diffusers.errors import Unreachable
 from perflow_diffusers.families.published import PUBLISHED, published
 from perflow_diffusers.hub import ArtifactError, describe, load_perflow, set_scheduler, unload_perflow
-from perflow_diffusers.hub import fetch as fetching
 from perflow_diffusers.hub import info as information
 from perflow_diffusers.weights.read.locate import SHORT_NAMES
 
@@ -91,7 +91,7 @@ def test_a_pipeline_with_perflow_in_its_weights_takes_no_second_one(accelerators
 @pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact[0])
 def test_describing_published_weights_needs_no_network(fact, monkeypatch, tmp_path):
     def offline(*args):
-        raise fetching.Unreachable("offline")
+        raise Unreachable("offline")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(information, "list_repository", offline)

@@ -5,26 +5,20 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 from perflow_diffusers.errors import ArtifactError
-from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.find import Found, find, from_folder
 from perflow_diffusers.hub.push import push_perflow
 from perflow_diffusers.hub.save import save_artifact
 from perflow_diffusers.hub.settings import FORMAT_VERSION, expectation, from_metadata
+from perflow_diffusers.io.names import HubOptions, Where
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import WeightSource
 from perflow_diffusers.weights.make.delta import content_hash
 from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.words.arguments import path_of
 from perflow_diffusers.words.shown import LongDict, folded, html_facts, shorten
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from perflow_diffusers.io.names import HubOptions
-
 
 #: The keys of `PeRFlowArtifact.files`.
 FILE_FORMS = ("delta", "lora", "kohya")
@@ -139,13 +133,13 @@ class PeRFlowArtifact:
         return cls.of(find(source, "all"))
 
     @classmethod
-    def from_pretrained(cls, source: Any, weights: str = "auto", **where: "Unpack[HubOptions]") -> "PeRFlowArtifact":
+    def from_pretrained(cls, source: Any, weights: str = "auto", **where: Unpack[HubOptions]) -> "PeRFlowArtifact":
         """From a folder, a file, a short name or a Hub id, in this order.
 
         `weights`: "auto" (the delta if there is one, else the LoRA), "delta", "lora", "all", or "none" for settings
         alone. `where`: the options of `open_weights`, as in diffusers. Errors as above.
         """
-        return cls.of(find(source, weights, options(where)))
+        return cls.of(find(source, weights, Where(**where)))
 
     @classmethod
     def of(cls, found: Found) -> "PeRFlowArtifact":

@@ -8,18 +8,12 @@ from typing import Any
 
 import torch
 
-from perflow_diffusers.errors import ArtifactError
+from perflow_diffusers.errors import ArtifactError, Unreachable
 from perflow_diffusers.families.published import Published, published
-from perflow_diffusers.hub.fetch import (
-    Repository,
-    Unreachable,
-    cached_folder,
-    download,
-    list_repository,
-)
 from perflow_diffusers.hub.settings import checked, from_metadata, from_scheduler
 from perflow_diffusers.io.documents import read_json
 from perflow_diffusers.io.names import Where, pasted
+from perflow_diffusers.io.repository import Repository, cached_folder, download, download_settings, list_repository
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.read.locate import SHORT_NAMES, HubSpec
 from perflow_diffusers.words.arguments import in_words
@@ -236,6 +230,6 @@ def fetch_documents(repository: Repository) -> tuple[dict[str, Path], Repository
     paths: dict[str, Path] = {}
     for name in (SETTINGS, SCHEDULER):
         if name in repository.sizes:
-            paths[name] = download(repository, name)
+            paths[name] = download_settings(repository, name)
             repository = repository.pinned(paths[name], name)
     return paths, repository

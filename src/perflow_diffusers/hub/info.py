@@ -6,21 +6,12 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
-from perflow_diffusers.errors import ArtifactError
+from perflow_diffusers.errors import ArtifactError, Unreachable
 from perflow_diffusers.families.published import Published, published
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.card import read_card
-from perflow_diffusers.hub.fetch import (
-    Repository,
-    Unreachable,
-    cached_folder,
-    download,
-    header,
-    list_repository,
-    options,
-)
 from perflow_diffusers.hub.find import (
     CARD,
     INDEX,
@@ -35,16 +26,19 @@ from perflow_diffusers.hub.find import (
 from perflow_diffusers.hub.recognise import PIPELINE_SETTINGS, in_configuration
 from perflow_diffusers.hub.settings import from_metadata, from_scheduler
 from perflow_diffusers.io.documents import check_free, copy_file, inside, plain_name, read_json
-from perflow_diffusers.io.names import Where, pasted
+from perflow_diffusers.io.names import HubOptions, Where, pasted
+from perflow_diffusers.io.repository import (
+    Repository,
+    cached_folder,
+    download,
+    download_settings,
+    header,
+    list_repository,
+)
 from perflow_diffusers.weights import WeightsInfo, describe_weights
 from perflow_diffusers.weights.read.locate import SHORT_NAMES
 from perflow_diffusers.words.arguments import in_words, path_of
 from perflow_diffusers.words.shown import LongDict, aligned, html_facts, html_table, shorten, shown
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from perflow_diffusers.io.names import HubOptions
 
 _MAX_CARD_BYTES = 1 << 20
 _UNET = re.compile(r"unet/[^/]+\.safetensors")
@@ -109,13 +103,13 @@ class ArtifactInfo:
         return table + html_table("", ("file", "holds", "bytes"), sorted(files)) if files else table
 
 
-def describe(source: Any, **where: "Unpack[HubOptions]") -> ArtifactInfo:
+def describe(source: Any, **where: Unpack[HubOptions]) -> ArtifactInfo:
     """Settings, sizes, base, licence and recommended use of a folder, a file, a short name or a Hub id.
 
     `where`: the options of `open_weights`. Of a repository only its settings, card, and the first bytes of its
     weights are downloaded. Raises `ArtifactError` or `WeightSourceError` (both ValueErrors).
     """
-    place = options(where)
+    place = Where(**where)
     text = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
     if text and not Path(text).expanduser().exists():
         source, place = pasted(text, place)
@@ -206,7 +200,7 @@ def _remote(repository: Repository) -> ArtifactInfo:
     sizes = {name: repository.sizes[name] for name in weights if variant is None or f".{variant}." in name}
     if INDEX in repository.sizes and SETTINGS not in repository.sizes:
         if PIPELINE_SETTINGS in repository.sizes:
-            paths = {PIPELINE_SETTINGS: download(pinned, PIPELINE_SETTINGS), **paths}
+            paths = {PIPELINE_SETTINGS: download_settings(pinned, PIPELINE_SETTINGS), **paths}
         unet = {name: size for name, size in sizes.items() if _UNET.fullmatch(name)}
         found = _of_pipeline(repository.name, paths, unet, {})
         return replace(found, licence=found.licence or _card_licence(pinned))
@@ -237,7 +231,7 @@ def _licence_in(card: Path) -> str | None:
 
 
 def pull(
-    repo_id: str, folder: str | os.PathLike, *, overwrite: bool = False, **where: "Unpack[HubOptions]"
+    repo_id: str, folder: str | os.PathLike, *, overwrite: bool = False, **where: Unpack[HubOptions]
 ) -> PeRFlowArtifact:
     """Copy an artefact from the Hub into a local folder: settings, weights, card and pictures, nothing else.
 
@@ -249,7 +243,7 @@ def pull(
     order = 'pull("owner/name", "folder")'
     if not isinstance(repo_id, str):
         raise ArtifactError(f"repo_id is {in_words(repo_id)}, where the name of a repository belongs: {order}.")
-    repo_id, place = pasted(repo_id, options(where))
+    repo_id, place = pasted(repo_id, Where(**where))
     entry = published(repo_id)
     if entry is not None:
         raise ArtifactError(

@@ -6,7 +6,7 @@ Its strength or its scheduler alone: `set_perflow_scale`, `set_scheduler`.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import torch
 from diffusers.utils import logging
@@ -16,10 +16,10 @@ from perflow_diffusers.families.published import published
 from perflow_diffusers.hub.adapters import activate, attach, check_adapter, check_detachable, detach, obstacle
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.family import check_family, check_pipeline, warn_of_scheduler
-from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.network import live_shapes, live_weights, shape_misfit
 from perflow_diffusers.hub.recognise import published_pipeline, settings_of
 from perflow_diffusers.hub.state import Companion, Loaded, companion, keep, loaded, was_taken_out
+from perflow_diffusers.io.names import HubOptions, Where
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import MergeHandle, WeightSource, merge_delta, open_weights
 from perflow_diffusers.weights.merge.handle import Backup, rescale_merge, undo_merge
@@ -30,11 +30,6 @@ from perflow_diffusers.weights.read.locate import SHORT_NAMES
 from perflow_diffusers.weights.read.lora import as_delta, open_residual
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of
 from perflow_diffusers.words.arguments import is_number
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from perflow_diffusers.io.names import HubOptions
 
 logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so that its verbosity applies
 
@@ -50,7 +45,7 @@ def load_perflow(
     strict: bool = True,
     *,
     backup: Backup = "cpu",
-    **where: "Unpack[HubOptions]",
+    **where: Unpack[HubOptions],
 ) -> PeRFlowArtifact:
     """Make a pipeline a few-step one: its weights, its scheduler, and what to sample with, all from the artefact.
 
@@ -240,7 +235,7 @@ def set_perflow_scale(pipe: Any, scale: Scale) -> None:
     keep(unet, replace(state, strength=strength))
 
 
-def set_scheduler(pipe: Any, source: Any = None, **where: "Unpack[HubOptions]") -> PeRFlowScheduler:
+def set_scheduler(pipe: Any, source: Any = None, **where: Unpack[HubOptions]) -> PeRFlowScheduler:
     """Give a pipeline that has PeRFlow in its weights the right scheduler; returns it.
 
     Published pipelines are recognised by their name (a Hub id, or a local folder of that name), exported ones by the
@@ -254,7 +249,7 @@ def set_scheduler(pipe: Any, source: Any = None, **where: "Unpack[HubOptions]") 
     if state is not None:
         raise ArtifactError(f"{state.artifact.name} is loaded, with its scheduler. Call `unload_perflow(pipe)` first.")
     given = source is not None
-    artifact = PeRFlowArtifact.from_pretrained(source, "none", **where) if given else settings_of(pipe, options(where))
+    artifact = PeRFlowArtifact.from_pretrained(source, "none", **where) if given else settings_of(pipe, Where(**where))
     return _set_scheduler(pipe, artifact, pipe.scheduler if mine is None else mine.restored())
 
 

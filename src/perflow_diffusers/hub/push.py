@@ -9,15 +9,13 @@ from typing import Any
 import huggingface_hub as hub
 from huggingface_hub.utils import validate_repo_id
 
-from perflow_diffusers.errors import ArtifactError, PushError
+from perflow_diffusers.errors import ArtifactError, HubError, PushError
 from perflow_diffusers.hub.bundle import MODULE
 from perflow_diffusers.hub.card import read_card, saved_card
-from perflow_diffusers.hub.fetch import options
 from perflow_diffusers.hub.find import CARD, SETTINGS, artifact_in, from_folder
 from perflow_diffusers.io.documents import read_json
 from perflow_diffusers.io.names import Where, pasted
 from perflow_diffusers.io.repository import PATIENCE, explained
-from perflow_diffusers.weights import WeightSourceError
 from perflow_diffusers.words.arguments import in_words, path_of
 from perflow_diffusers.words.shown import shorten, shown
 
@@ -122,8 +120,8 @@ def plan_push(
     if not isinstance(repo_id, str) or not repo_id.strip():
         raise PushError(f"repo_id is {in_words(repo_id)}, where the name of a repository belongs: {order}.")
     try:
-        repo_id, place = pasted(repo_id, options({"token": token, "revision": revision}))
-    except WeightSourceError as error:
+        repo_id, place = pasted(repo_id, Where(token=token, revision=revision))
+    except HubError as error:
         raise PushError(str(error)) from None
     if place.subfolder or place.variant:
         raise PushError(f"The address is of a part of '{repo_id}'. Pass the repository itself, '{repo_id}'.")

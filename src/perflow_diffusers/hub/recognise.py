@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from perflow_diffusers.errors import ArtifactError
+from perflow_diffusers.errors import ArtifactError, Unreachable
 from perflow_diffusers.families.published import Published, published
 from perflow_diffusers.flow import PREDICTION_TYPES
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
-from perflow_diffusers.hub.fetch import Unreachable, cached_folder, download, list_repository
 from perflow_diffusers.hub.find import Found
 from perflow_diffusers.hub.settings import from_scheduler
 from perflow_diffusers.io.documents import read_json
 from perflow_diffusers.io.names import Where
+from perflow_diffusers.io.repository import cached_folder, download_settings, list_repository
 
 #: Beside `model_index.json` of an exported pipeline: our scheduler's configuration.
 PIPELINE_SETTINGS = "perflow_scheduler_config.json"
@@ -67,7 +67,7 @@ def _exported(name: str, where: Where) -> PeRFlowArtifact | None:
         repository = list_repository(name, where)
         if PIPELINE_SETTINGS not in repository.sizes:
             return None
-        path = download(repository, PIPELINE_SETTINGS)
+        path = download_settings(repository, PIPELINE_SETTINGS)
     except Unreachable as error:
         try:
             path = cached_folder(name, where, error) / PIPELINE_SETTINGS

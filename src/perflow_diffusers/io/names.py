@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 from urllib.parse import unquote
 
-from perflow_diffusers.errors import WeightSourceError
+from perflow_diffusers.errors import HubError
 
 
 class HubOptions(TypedDict, total=False):
@@ -30,7 +30,7 @@ class Where:
     repositories; by default that of `hf auth login`. `local_files_only`: ask nobody, take what is in the cache.
     `cache_dir`: the cache. `force_download`: fetch files again that are in the cache.
 
-    Raises `WeightSourceError` for options that cannot be.
+    Raises `HubError` for options that cannot be.
     """
 
     revision: str | None = None
@@ -44,16 +44,16 @@ class Where:
     def __post_init__(self) -> None:
         if isinstance(self.token, str) and not re.fullmatch(r"[!-~]+", self.token):
             # The client would quote the header that it cannot send, and with it the token.
-            raise WeightSourceError(
+            raise HubError(
                 "`token` has blanks, line ends or other characters that no token has. Copy it again (strip what was "
                 "read from a file), or leave it out after `hf auth login`."
             )
         if self.local_files_only and self.force_download:
-            raise WeightSourceError(
+            raise HubError(
                 "local_files_only=True asks nobody, and force_download=True fetches again. Pass one of them."
             )
         if ".." in self.prefix.split("/"):
-            raise WeightSourceError(f"subfolder={self.subfolder!r} leads out of the repository. Name a folder in it.")
+            raise HubError(f"subfolder={self.subfolder!r} leads out of the repository. Name a folder in it.")
 
     @property
     def prefix(self) -> str:
@@ -77,7 +77,7 @@ def pasted(name: str, where: Where) -> tuple[str, Where]:
     """A Hub id, and what else an address says that was copied out of a browser; any other name comes back as it is.
 
     Understood are https://huggingface.co/owner/name and hf.co/owner/name, with /tree/REVISION/FOLDER, and
-    /blob/REVISION/FILE (/resolve, /raw) for a file of a name that diffusers gives. Raises `WeightSourceError` for
+    /blob/REVISION/FILE (/resolve, /raw) for a file of a name that diffusers gives. Raises `HubError` for
     other addresses of the Hub, and for options that contradict the address.
     """
     found = _ADDRESS.fullmatch(name.strip())
@@ -85,7 +85,7 @@ def pasted(name: str, where: Where) -> tuple[str, Where]:
         return name, where
     parts = [unquote(part) for part in found["rest"].split("/") if part]
     if len(parts) < 2 or parts[0] in ("datasets", "spaces", "models", "docs", "papers", "collections", "api"):
-        raise WeightSourceError(f"{name} is not the address of a model. Pass https://huggingface.co/OWNER/NAME.")
+        raise HubError(f"{name} is not the address of a model. Pass https://huggingface.co/OWNER/NAME.")
     repo_id, kind, rest = "/".join(parts[:2]), parts[2:3], parts[4:]
     said: dict[str, Any] = {}
     if kind and kind[0] in ("tree", "blob", "resolve", "raw") and len(parts) > 3:
@@ -95,7 +95,7 @@ def pasted(name: str, where: Where) -> tuple[str, Where]:
             standard = _STANDARD.fullmatch(file)
             if standard is None and file != "perflow.json":
                 path = "/".join([*rest, file])
-                raise WeightSourceError(
+                raise HubError(
                     f"{name} is one file of a repository. Fetch it with `hf download {repo_id} {path}` and pass the "
                     f"file, or pass '{repo_id}' for what diffusers would take from it."
                 )
@@ -106,5 +106,5 @@ def pasted(name: str, where: Where) -> tuple[str, Where]:
     for option, value in said.items():
         given = getattr(where, option)
         if given not in (None, value):
-            raise WeightSourceError(f"{name} says {option} {value!r}, and {option}={given!r} was passed. Say it once.")
+            raise HubError(f"{name} says {option} {value!r}, and {option}={given!r} was passed. Say it once.")
     return repo_id, replace(where, **said)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import huggingface_hub as hub
 
-from perflow_diffusers.errors import WeightSourceError
+from perflow_diffusers.errors import HubError, Unreachable
+from perflow_diffusers.io.documents import MAX_JSON_BYTES
 from perflow_diffusers.io.names import Where
 
 _MAX_FILES = 10_000
@@ -42,15 +43,11 @@ class Repository:
         return replace(self, where=replace(self.where, revision=commit)) if fine else self
 
 
-class Unreachable(WeightSourceError):
-    """The Hub did not answer, or was not to be asked; what is in the cache may still do."""
-
-
 def check_reachable(repo_id: str, where: Where) -> None:
     """Ask for a repository once, without the half minute of retries that listings and downloads come with.
 
     Every door to the Hub asks here first. Raises `Unreachable` if nobody answers or is to be asked,
-    `WeightSourceError` if the repository does not exist for this user; an answer that asks to come back later is one.
+    `HubError` if the repository does not exist for this user; an answer that asks to come back later is one.
     """
     if where.local_files_only:
         raise Unreachable(f"The Hub was not asked for '{repo_id}' (local_files_only=True).")
@@ -65,7 +62,7 @@ def check_reachable(repo_id: str, where: Where) -> None:
 def reached(repo_id: str, where: Where) -> Where:
     """`where`, for a library that asks the Hub itself: with local_files_only=True if there is only the cache to ask.
 
-    Raises `WeightSourceError` if nothing of the repository is there either, or if it does not exist for this user.
+    Raises `HubError` if nothing of the repository is there either, or if it does not exist for this user.
     """
     try:
         check_reachable(repo_id, where)
@@ -78,7 +75,7 @@ def reached(repo_id: str, where: Where) -> Where:
 def list_repository(repo_id: str, where: Where) -> Repository:
     """What a repository (or its subfolder) holds at a revision.
 
-    Raises `WeightSourceError` for a repository that does not exist for this user, or a subfolder that is not there,
+    Raises `HubError` for a repository that does not exist for this user, or a subfolder that is not there,
     `Unreachable` if the Hub does not answer, or is not to be asked.
     """
     check_reachable(repo_id, where)
@@ -90,7 +87,7 @@ def list_repository(repo_id: str, where: Where) -> Repository:
     inside = {file.path.removeprefix(where.prefix): file for file in files if file.path.startswith(where.prefix)}
     if not inside and where.prefix:
         folders = sorted({file.path.split("/")[0] for file in files if "/" in file.path})
-        raise WeightSourceError(
+        raise HubError(
             f"'{repo_id}' (revision {where.revision or 'main'}) has no subfolder '{where.subfolder}'. Its folders: "
             f"{', '.join(folders[:12]) or 'none'}."
         )
@@ -99,13 +96,13 @@ def list_repository(repo_id: str, where: Where) -> Repository:
     return Repository(repo_id, where, sizes, hashes)
 
 
-def explained(error: Exception, repo_id: str, where: Where) -> WeightSourceError:
+def explained(error: Exception, repo_id: str, where: Where) -> HubError:
     """An error of the client in the words of this package; no header of a request is ever in it."""
-    if isinstance(error, WeightSourceError):
+    if isinstance(error, HubError):
         return error
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, hub.errors.GatedRepoError) or status == 403:
-        return WeightSourceError(
+        return HubError(
             f"'{repo_id}' is gated or not open to you. Accept its terms on its page on the Hub, then `hf auth login` "
             "or pass `token=`."
         )
@@ -113,12 +110,12 @@ def explained(error: Exception, repo_id: str, where: Where) -> WeightSourceError
         401,
         404,
     ):
-        return WeightSourceError(
+        return HubError(
             f"The Hub has no '{repo_id}' (revision {where.revision or 'main'}) for you, and it is no local path. A "
             "private repository needs `hf auth login` or `token=`."
         )
     if isinstance(error, hub.errors.HFValidationError):
-        return WeightSourceError(f"{repo_id!r} is no name of a repository ({error}). Expected 'owner/name'.")
+        return HubError(f"{repo_id!r} is no name of a repository ({error}). Expected 'owner/name'.")
     if isinstance(error, hub.errors.OfflineModeIsEnabled):
         return Unreachable(f"The Hub was not asked for '{repo_id}' (HF_HUB_OFFLINE is set).")
     if status is not None:
@@ -138,14 +135,34 @@ def _fault(error: BaseException) -> str:
     return type(error).__name__
 
 
+def header(repository: Repository, name: str) -> dict[str, str]:
+    """The metadata of a safetensors file on the Hub, of which only its first bytes are read. Raises `HubError`."""
+    where, api = repository.where, hub.HfApi(token=repository.where.token)
+    try:
+        found = api.parse_safetensors_file_metadata(repository.repo_id, where.prefix + name, revision=where.revision)
+    except Exception as error:
+        raise explained(error, repository.repo_id, where) from error
+    return {str(key): str(value) for key, value in (found.metadata or {}).items()}
+
+
+def download_settings(repository: Repository, name: str) -> Path:
+    """`download` for a small file of JSON; raises `HubError`, too, if it is too large to be one."""
+    size = repository.sizes.get(name, 0)
+    if size > MAX_JSON_BYTES:
+        raise HubError(
+            f"{name} of '{repository.name}' has {size:,} bytes; settings have at most {MAX_JSON_BYTES:,}. It was not "
+            "downloaded."
+        )
+    return download(repository, name)
+
+
 def download(repository: Repository, name: str) -> Path:
     """A file of a repository in the local cache, complete and with the content that the repository lists.
 
-    Raises `WeightSourceError` if the repository has no such file, if the download fails, or if its content is another
-    one.
+    Raises `HubError` if the repository has no such file, if the download fails, or if its content is another one.
     """
     if name not in repository.sizes:
-        raise WeightSourceError(f"'{repository.name}' has no file {name}. Ask its author.")
+        raise HubError(f"'{repository.name}' has no file {name}. Ask its author.")
     where = repository.where
     try:
         path = Path(hub.hf_hub_download(repository.repo_id, where.prefix + name, **where.fetching))
@@ -163,7 +180,7 @@ def _check_content(repository: Repository, name: str, path: Path) -> None:
     if fine and wanted is not None and path.resolve().name != wanted:
         fine = file_sha256(path) == wanted
     if not fine:
-        raise WeightSourceError(
+        raise HubError(
             f"{name} of '{repository.name}' in the cache is not the file that the repository lists ({size:,} bytes, "
             f"{repository.sizes[name]:,} listed). Delete {path.resolve()} and download it again (force_download=True)."
         )
@@ -188,13 +205,13 @@ def cached_folder(repo_id: str, where: Where, reason: Exception) -> Path:
         if part is None:
             cache = where.cache_dir or hub.constants.HF_HUB_CACHE
             why = str(reason).replace(f" for '{repo_id}'", "", 1)
-            raise WeightSourceError(
+            raise HubError(
                 f"'{repo_id}' is no file or folder here, and it is not in the cache ({cache}). {why} What was "
                 f"downloaded once with a network (`hf download {repo_id}`) is found without one."
             ) from error
         folder = Path(part)
     if not (folder / where.prefix).is_dir():
-        raise WeightSourceError(
+        raise HubError(
             f"'{repo_id}' in the cache has no subfolder '{where.subfolder}'. {reason} Download it once with a network."
         )
     return folder / where.prefix

@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import torch
 
 from perflow_diffusers.errors import WeightSourceError
 from perflow_diffusers.families import TEXT_LAYERS, family_in_words
 from perflow_diffusers.io.documents import parsed
+from perflow_diffusers.io.names import HubOptions
 from perflow_diffusers.io.tensors import dtype_name
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.lora_kin import kin_shape, split_kin
@@ -18,11 +19,6 @@ from perflow_diffusers.weights.read.lora_names import KIN_ROLES
 from perflow_diffusers.weights.read.original_file import ema_names, unet_names
 from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.words.shown import LongDict, LongTuple, aligned, html_facts, shorten, shown, size_in_words
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from perflow_diffusers.io.names import HubOptions
 
 _EMA_COUNTERS = 2  # `model_ema.decay` and `model_ema.num_updates` are beside the EMA of a UNet
 
@@ -99,7 +95,7 @@ class WeightsInfo:
         return html_facts(self.name, self.facts)
 
 
-def describe_weights(source: Any, **where: "Unpack[HubOptions]") -> WeightsInfo:
+def describe_weights(source: Any, **where: Unpack[HubOptions]) -> WeightsInfo:
     """Say what `source` (anything that `open_weights` takes, with its options) is; reads headers only.
 
     Raises `WeightSourceError` for what cannot be found or read.

@@ -8,11 +8,12 @@ from functools import partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
-from perflow_diffusers.errors import WeightSourceError
+from perflow_diffusers.errors import Unreachable, WeightSourceError
 from perflow_diffusers.families import COMPONENTS
 from perflow_diffusers.families.published import PUBLISHED
 from perflow_diffusers.io.documents import read_object
 from perflow_diffusers.io.names import Where, pasted
+from perflow_diffusers.io.repository import cached_folder, download, list_repository
 from perflow_diffusers.io.tensors import PICKLES, pickle_refused
 from perflow_diffusers.words.arguments import did_you_mean
 from perflow_diffusers.words.shown import shown
@@ -228,8 +229,6 @@ def _nothing_found(names: list[str], where: str) -> str:
 
 def _from_hub(repo_id: str, where: Where) -> Located:
     """Download (or find in the cache) only the files that are needed of a Hub repository."""
-    from perflow_diffusers.io.repository import Unreachable, cached_folder, download, list_repository
-
     try:
         repository = list_repository(repo_id, where)
     except Unreachable as error:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import torch
 
@@ -20,9 +20,6 @@ from perflow_diffusers.weights.read.locate import SHORT_NAMES, HubSpec, Located,
 from perflow_diffusers.weights.read.original_file import ema_names
 from perflow_diffusers.words.arguments import in_words
 from perflow_diffusers.words.shown import html_table, shorten, shown, size_in_words
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["SHORT_NAMES", "HubSpec", "WeightSource", "open_weights"]
 
@@ -129,7 +126,7 @@ def _unpickled(kind: type[WeightSource], values: dict[str, Any]) -> WeightSource
     return kind(**held)
 
 
-def open_weights(anything: Any, *, extract_ema: bool = False, **where: "Unpack[HubOptions]") -> WeightSource:
+def open_weights(anything: Any, *, extract_ema: bool = False, **where: Unpack[HubOptions]) -> WeightSource:
     """Open weights of any origin without reading their tensors.
 
     `anything` is a state dict, a `.safetensors` file, the folder of a diffusers model (sharded too) or of a pipeline
@@ -150,7 +147,7 @@ def open_weights(anything: Any, *, extract_ema: bool = False, **where: "Unpack[H
     return _mean_of(source) if extract_ema else source
 
 
-def _opened(anything: Any, where: "HubOptions") -> WeightSource:
+def _opened(anything: Any, where: HubOptions) -> WeightSource:
     if isinstance(anything, WeightSource):
         return anything
     options = Where(**where)
