@@ -1,9 +1,11 @@
 """A LoRA as one more PEFT adapter of a UNet, beside others that stay as they are."""
 
+import json
 import math
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from perflow_diffusers.hub.network import live_shapes
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.make.convert import convert_lora
 from perflow_diffusers.weights.read.live import find_unet
-from perflow_diffusers.weights.read.lora import as_delta
-from perflow_diffusers.weights.read.lora_layers import lora_layers
+from perflow_diffusers.weights.read.lora import RESIDUAL, as_delta
+from perflow_diffusers.weights.read.lora_layers import ADAPTER_METADATA, lora_layers
 from perflow_diffusers.weights.scales import Strength
 
 ADAPTER = "perflow"
@@ -27,8 +29,11 @@ _REMOVED = (
 )
 
 
-def obstacle(pipe: Any, lora: WeightSource) -> str | None:
-    """In words, why a LoRA cannot act as an adapter of this pipeline, though it could be merged; None if it can."""
+def obstacle(pipe: Any, lora: WeightSource, delta: WeightSource) -> str | None:
+    """In words, why a LoRA cannot act as an adapter of this pipeline, though it could be merged; None if it can.
+
+    `delta`: what `as_delta` makes of it for this UNet. Raises `WeightSourceError` for a DoRA.
+    """
     if not is_peft_available():
         return "PEFT is not installed"
     if not hasattr(pipe, "load_lora_weights"):
@@ -39,13 +44,13 @@ def obstacle(pipe: Any, lora: WeightSource) -> str | None:
     if any(layer.disable_adapters for _, layer in _layers(unet)):
         return "its LoRAs are switched off"
     shapes = live_shapes(unet)
-    given = as_delta(lora, shapes).shapes
+    given = (as_delta(lora, shapes) if getattr(delta, "on_base", ()) else delta).shapes  # which refuses a DoRA
     wide = [name for name in FIRST_LAYERS & {*shapes} & {*given} if is_wider(shapes[name], given[name])]
     return f"its first layer has {shapes[wide[0]][1]} inputs, and the LoRA {given[wide[0]][1]}" if wide else None
 
 
-def attach(pipe: Any, path: Path, strength: Strength) -> None:
-    """Load the LoRA in `path` as the adapter "perflow", active beside those that are active now.
+def attach(pipe: Any, lora: WeightSource, strength: Strength) -> None:
+    """Load a LoRA as the adapter "perflow", active beside those that are active now.
 
     All or nothing. Raises `ArtifactError` if the name is taken. See `obstacle` for what has to be so.
     """
@@ -56,7 +61,7 @@ def attach(pipe: Any, path: Path, strength: Strength) -> None:
         )
     active = _active(unet)
     try:
-        state, alphas, metadata = _state(pipe, path)
+        state, alphas, metadata = _state(pipe, lora)
         with warnings.catch_warnings():
             # PEFT warns of any second adapter, which is what is wanted here.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`|Adapter perflow was active")
@@ -78,21 +83,24 @@ def attach(pipe: Any, path: Path, strength: Strength) -> None:
         raise
 
 
-def _state(pipe: Any, path: Path) -> tuple[Any, Any, Any]:
-    """State dict, alphas and metadata of a LoRA file, as the pipeline's own loader reads its own layout."""
+def _state(pipe: Any, lora: WeightSource) -> tuple[Any, Any, Any]:
+    """State dict, alphas and metadata of a LoRA, as the pipeline's own loader reads its own layout."""
     shapes = live_shapes(find_unet(pipe))
-    if any(layer.prefix for layer in lora_layers(open_weights(path), shapes)):
+    if any(layer.prefix for layer in lora_layers(lora, shapes)):
         # Our own conversion from kohya's layout: it drops no layer, and keeps alphas and header apart.
         with tempfile.TemporaryDirectory() as scratch:
-            return _read(pipe, convert_lora(path, Path(scratch, "lora.safetensors"), "diffusers", unet=shapes))
-    return _read(pipe, path)
+            said = {key: value for key, value in lora.metadata.items() if key != RESIDUAL}  # that is merged apart
+            path = convert_lora(
+                replace(lora, metadata=said), Path(scratch, "lora.safetensors"), "diffusers", unet=shapes
+            )
+            return _read(pipe, open_weights(path))
+    return _read(pipe, lora)
 
 
-def _read(pipe: Any, path: Path) -> tuple[Any, Any, Any]:
-    found = pipe.lora_state_dict(
-        str(path.parent), weight_name=path.name, use_safetensors=True, local_files_only=True, return_lora_metadata=True
-    )
-    return found if len(found) == 3 else (found[0], None, found[1])
+def _read(pipe: Any, lora: WeightSource) -> tuple[Any, Any, Any]:
+    found = pipe.lora_state_dict({name: lora[name].clone() for name in lora}, return_lora_metadata=True)
+    said = lora.metadata.get(ADAPTER_METADATA)
+    return found[0], found[1] if len(found) == 3 else None, json.loads(said) if said else None
 
 
 def check_detachable(pipe: Any) -> None:

@@ -115,15 +115,15 @@ def _merged(pipe: Any) -> Iterator[None]:
     if state is None or state.form != "lora":
         yield
         return
-    path, unet, name = state.artifact.lora_file, find_unet(pipe), state.artifact.name
+    lora, unet, name = open_weights(state.artifact.lora_file), find_unet(pipe), state.artifact.name
     for number in reversed(state.merges):
         rescale_merge(unet, number, name, 0)  # the whole LoRA, residual included, is merged below
     detach(pipe)
     try:
-        with merge_delta(pipe, as_delta(open_weights(path)), state.strength.given):
+        with merge_delta(pipe, as_delta(lora), state.strength.given):
             yield
     finally:
-        attach(pipe, path, state.strength)
+        attach(pipe, lora, state.strength)
         for number in state.merges:
             rescale_merge(unet, number, name, state.strength.given)
 

@@ -42,12 +42,14 @@ _DECISIVE = ("prediction_type", "num_time_windows", "window_boundaries")
 @shown
 @dataclass(frozen=True)
 class Found:
-    """Checked `fields` of an artefact, and its local `sources` by form (a file, or an opened source)."""
+    """Checked `fields` of an artefact, its local `sources` by form (a file, or an opened source), and the
+    weights among them, `opened`."""
 
     name: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, Path | WeightSource] = field(default_factory=dict)
     folder: Path | None = None
+    opened: Mapping[str, WeightSource] = field(default_factory=dict, repr=False)
 
 
 def find(source: Any, weights: str = "auto", where: Where | None = None) -> Found:
@@ -109,7 +111,8 @@ def _bare(source: WeightSource, wanted: str, entry: Published | None = None) -> 
     if wanted in ("delta", "lora") and wanted != form:
         raise ArtifactError(f"{source.name} is a {form}, and weights={wanted!r} was asked for. Pass weights='auto'.")
     given: Path | WeightSource = source.files[0] if len(source.files) == 1 and form == "lora" else source
-    return Found(source.name, fields, {form: given}, source.files[0].parent if source.files else None)
+    folder = source.files[0].parent if source.files else None
+    return Found(source.name, fields, {form: given}, folder, {form: source})
 
 
 def from_folder(folder: Path, wanted: str = "auto", variant: str | None = None) -> Found:
@@ -185,15 +188,12 @@ def _agreed(said: dict[str, Any], more: dict[str, Any], where: str) -> dict[str,
 
 def _with_headers(name: str, said: dict[str, Any], paths: dict[str, Path], folder: Path) -> Found:
     """Add what the headers of the weights say, and check that they agree."""
-    sources: dict[str, Path | WeightSource] = {}
-    for form, path in paths.items():
-        sources[form] = path
-        if form in WEIGHTS:
-            opened = open_weights(path)
-            if (opened.kind == "lora") != (form == "lora"):
-                raise ArtifactError(f"{path} should be a {form}, but is not (kind {opened.kind!r}). Save it again.")
-            said = _agreed(said, from_metadata(opened.metadata, str(path)), str(path))
-    return Found(name, said, sources, folder)
+    opened = {form: open_weights(path) for form, path in paths.items() if form in WEIGHTS}
+    for form, source in opened.items():
+        if (source.kind == "lora") != (form == "lora"):
+            raise ArtifactError(f"{source.name} should be a {form}, but is not (kind {source.kind!r}). Save it again.")
+        said = _agreed(said, from_metadata(source.metadata, source.name), source.name)
+    return Found(name, said, dict(paths), folder, opened)
 
 
 def _from_hub(repo_id: str, wanted: str, where: Where) -> Found:

@@ -139,11 +139,11 @@ def _local(source: Any, where: Where) -> ArtifactInfo:
     artifact = PeRFlowArtifact.of(found) if "prediction_type" in found.fields else None
     sizes: dict[str, int] = {}
     weights: dict[str, WeightsInfo] = {}
-    for given in found.sources.values():
+    for form, given in found.sources.items():
         files = (given,) if isinstance(given, Path) else given.files
         sizes.update({path.name: path.stat().st_size for path in files})
         if len(files) == 1:
-            weights[files[0].name] = describe_weights(files[0])
+            weights[files[0].name] = replace(describe_weights(found.opened.get(form, given)), name=str(files[0]))
     if found.folder is not None and found.fields.get("residual"):
         residual = found.folder / found.fields["residual"]
         sizes.update({residual.name: residual.stat().st_size} if residual.is_file() else {})

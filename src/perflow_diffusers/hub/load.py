@@ -16,6 +16,7 @@ from perflow_diffusers.families.published import published
 from perflow_diffusers.hub.adapters import activate, attach, check_adapter, check_detachable, detach, obstacle
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.family import check_family, check_pipeline, warn_of_scheduler
+from perflow_diffusers.hub.find import find
 from perflow_diffusers.hub.network import live_shapes, live_weights, shape_misfit
 from perflow_diffusers.hub.recognise import published_pipeline, settings_of
 from perflow_diffusers.hub.state import Companion, Loaded, companion, keep, loaded, was_taken_out
@@ -27,7 +28,7 @@ from perflow_diffusers.weights.merge.layers import acting_plans, is_lost, layer_
 from perflow_diffusers.weights.merge.within import WITHIN, share_within
 from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.weights.read.locate import SHORT_NAMES
-from perflow_diffusers.weights.read.lora import as_delta, open_residual
+from perflow_diffusers.weights.read.lora import Rebuilt, as_delta
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of
 from perflow_diffusers.words.arguments import is_number
 
@@ -75,13 +76,14 @@ def load_perflow(
     if weights not in FORMS:
         strength = f" The strength goes by name: scale={weights!r}." if is_number(weights) else ""
         raise ArtifactError(f"weights={weights!r} is unknown. Pass one of {', '.join(FORMS)}.{strength}")
-    given = isinstance(source, PeRFlowArtifact)
-    artifact = source if given else PeRFlowArtifact.from_pretrained(source, weights, **where)
+    found = None if isinstance(source, PeRFlowArtifact) else find(source, weights, Where(**where))
+    artifact = source if found is None else PeRFlowArtifact.of(found)
     form = _form(artifact, weights)
     if isinstance(source, str) and (source in SHORT_NAMES or published(source) is not None):
         what = "a local path, which wins over the known name" if Path(source).exists() else artifact.name
         logger.info(f"'{source}' is {what}.")
-    return _load(pipe, artifact, form, _strength(scale, unet), strict, backup)
+    given = open_weights(artifact.files[form] if found is None else found.opened.get(form, artifact.files[form]))
+    return _load(pipe, artifact, form, given, _strength(scale, unet), strict, backup)
 
 
 def _check_free(pipe: Any) -> None:
@@ -102,15 +104,13 @@ def _check_free(pipe: Any) -> None:
         )
 
 
-def _check_not_within(artifact: PeRFlowArtifact, form: str, unet: torch.nn.Module) -> None:
+def _check_not_within(artifact: PeRFlowArtifact, delta: WeightSource, unet: torch.nn.Module) -> None:
     """Raise `ArtifactError` for weights that have the accelerator already: merged, fused, or saved with it."""
-    given = open_weights(artifact.files[form])
     merged = [plan.source for plan in acting_plans(stack_of(unet))]
-    by_hand = any(given.files and source.files == given.files for source in merged)
+    by_hand = any(delta.files and source.files == delta.files for source in merged)
     attached = False
     within: float | None = 1.0 if by_hand else None
     if not by_hand and artifact.base_sample:
-        delta = as_delta(given, live_shapes(unet), on_base=True)
         within = share_within(artifact.base_sample, delta, unet)
         if within is None or within < WITHIN:
             within = share_within(artifact.base_sample, delta, unet, attached=True)
@@ -129,29 +129,36 @@ def _check_not_within(artifact: PeRFlowArtifact, form: str, unet: torch.nn.Modul
 
 
 def _load(
-    pipe: Any, artifact: PeRFlowArtifact, form: str, strength: Strength, strict: bool, backup: Backup
+    pipe: Any,
+    artifact: PeRFlowArtifact,
+    form: str,
+    given: WeightSource,
+    strength: Strength,
+    strict: bool,
+    backup: Backup,
 ) -> PeRFlowArtifact:
+    """`given`: the weights of this form, opened; all that is done with them reads this one source."""
     unet = find_unet(pipe)
     check_family(artifact, pipe, unet, strict)
+    delta = as_delta(given, live_shapes(unet) if given.kind == "lora" else None, on_base=True)
     if strict:
-        _check_not_within(artifact, form, unet)
+        _check_not_within(artifact, delta, unet)
     scheduler = artifact.make_scheduler(pipe.scheduler.config)
     merges: list[MergeHandle] = []
     attached, why = False, None
     try:
         if form == "lora":
-            lora = open_weights(artifact.files[form])
-            why = obstacle(pipe, lora)
+            why = obstacle(pipe, given, delta)
             form = "lora" if why is None else "merged lora"
         if form == "lora":
-            _check_shapes(artifact, lora, unet)
-            residual = _residual(lora, unet)
-            attach(pipe, artifact.lora_file, strength)
+            _check_shapes(artifact, delta, unet)
+            residual = _residual(delta, unet)
+            attach(pipe, given, strength)
             attached = True
             if residual is not None:
                 merges.append(merge_delta(pipe, residual, strength, backup=backup))
         else:
-            merges.append(merge_delta(pipe, artifact.files[form.split()[-1]], strength, backup=backup))
+            merges.append(merge_delta(pipe, delta, strength, backup=backup))
         former = pipe.scheduler
         scheduler._before_run = Companion(artifact, former, pipe, weights=True)
         pipe.scheduler = scheduler
@@ -288,18 +295,18 @@ def _strength(scale: Any, unet: torch.nn.Module) -> Strength:
         raise ArtifactError(f"{error} Nothing was changed.") from error
 
 
-def _check_shapes(artifact: PeRFlowArtifact, lora: WeightSource, unet: torch.nn.Module) -> None:
-    shapes = live_shapes(unet)
-    wrong = shape_misfit(as_delta(lora, shapes), unet)
+def _check_shapes(artifact: PeRFlowArtifact, delta: WeightSource, unet: torch.nn.Module) -> None:
+    _ = artifact.lora_file  # says that one in memory has to be written first
+    wrong = shape_misfit(delta, unet)
     if wrong is not None:
         raise ArtifactError(
             f"{artifact.name} does not fit the UNet: {wrong}. Nothing was changed. Take the LoRA of this family."
         )
 
 
-def _residual(lora: WeightSource, unet: torch.nn.Module) -> WeightSource | None:
-    """What the LoRA cannot carry, as a delta that leaves all other weights alone."""
-    source = open_residual(lora)
+def _residual(delta: WeightSource, unet: torch.nn.Module) -> WeightSource | None:
+    """What a LoRA cannot carry, as a delta that leaves all other weights alone."""
+    source = delta.residual if isinstance(delta, Rebuilt) else None
     if not source:
         return None
     others = " ".join(weight for weight in live_weights(unet) if weight not in source)

@@ -9,7 +9,7 @@ from perflow_diffusers.families import FIRST_LAYERS, NETWORKS, family_in_words
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.merge.within import values
 from perflow_diffusers.weights.read import live
-from perflow_diffusers.weights.read.keys import canonical_map, grouped
+from perflow_diffusers.weights.read.keys import grouped
 from perflow_diffusers.weights.read.live import find_unet
 
 #: Keys of a configuration that tell families apart; inputs may differ (inpainting), these may not.
@@ -29,7 +29,7 @@ def signature(unet: Any) -> dict[str, Any]:
 def sample_base(base: Any) -> dict[str, list[float]]:
     """A few numbers of a few weights of a base, by canonical name; `base` is anything that `open_weights` takes."""
     weights = open_weights(base)
-    names, _ = canonical_map(weights)
+    names, _ = weights.canonical
     large = sorted(name for name, key in names.items() if len(weights.shapes[key]) > 1 and name not in FIRST_LAYERS)
     chosen = [large[round(i)] for i in torch.linspace(0, len(large) - 1, min(_TENSORS, len(large))).tolist()]
     return {name: [float(f"{x:.6g}") for x in values(weights[names[name]])] for name in chosen}

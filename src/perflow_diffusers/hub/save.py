@@ -14,7 +14,7 @@ from perflow_diffusers.io.documents import check_free, copy_file, inside, place,
 from perflow_diffusers.io.writer import write_safetensors
 from perflow_diffusers.weights import DeltaError, WeightSource, content_hash, open_weights
 from perflow_diffusers.weights.read.complete import check_difference
-from perflow_diffusers.weights.read.keys import canonical_map, is_original_format
+from perflow_diffusers.weights.read.keys import is_original_format
 from perflow_diffusers.weights.read.lora import as_delta, open_residual
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _check_delta(source: WeightSource) -> None:
         raise DeltaError(f"{source.name} is a complete checkpoint, not a delta. Make one with `compute_delta`.")
     delta = as_delta(source)
     if not delta.partial:
-        check_difference(delta, canonical_map(delta)[0])
+        check_difference(delta, delta.canonical[0])
 
 
 def _residual(source: WeightSource) -> Path | None:

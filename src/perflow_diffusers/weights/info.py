@@ -101,7 +101,7 @@ def describe_weights(source: Any, **where: Unpack[HubOptions]) -> WeightsInfo:
     Raises `WeightSourceError` for what cannot be found or read.
     """
     weights = open_weights(source, **where)
-    names, _ = keys.canonical_map(weights)
+    names, _ = weights.canonical
     shapes = {name: weights.shapes[key] for name, key in names.items()}
     form, family = weights.kind, family_in_words(shapes)
     ranks: dict[int, int] = {}

@@ -28,6 +28,7 @@ from perflow_diffusers.weights.read.complete import check_difference
 from perflow_diffusers.weights.read.header_facts import for_new_tensors
 from perflow_diffusers.weights.read.lora import RESIDUAL, as_delta, open_residual
 from perflow_diffusers.weights.read.lora_layers import ADAPTER_METADATA, warn_of_bundled
+from perflow_diffusers.weights.read.named import canonical_names
 from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.weights.scales import strength_of
 from perflow_diffusers.words.arguments import dtype_of, in_words, path_of
@@ -181,7 +182,7 @@ def _as_deltas(sources: Sequence[WeightSource]) -> list[WeightSource]:
     plain = [as_delta(source) for source in sources if source.kind != "lora"]
     shapes: dict[str, tuple[int, ...]] = {}
     for delta in plain:
-        shapes |= {name: delta.shapes[key] for name, key in keys.canonical_map(delta)[0].items()}
+        shapes |= {name: delta.shapes[key] for name, key in delta.canonical[0].items()}
     left = iter(plain)
     deltas = [as_delta(source, shapes) if source.kind == "lora" else next(left) for source in sources]
     known = shapes.keys() | {name for delta in plain for name in delta.metadata.get("identical", "").split()}
@@ -221,9 +222,7 @@ def _sum(deltas: Sequence[WeightSource], scales: Sequence[float], dtype: torch.d
     """Raises `DeltaError` for doubled names, complete weights, other shapes, tensors that are not floating point."""
     terms: dict[str, list[tuple[WeightSource, str, float]]] = {}
     for delta, scale in zip(deltas, scales, strict=True):
-        names, collisions = keys.canonical_map(delta)
-        if collisions:
-            raise DeltaError(f"{delta.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
+        names = canonical_names(delta)
         if not delta.partial:
             check_difference(delta, names)
         for name, key in names.items():

@@ -18,6 +18,7 @@ from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.complete import check_difference
 from perflow_diffusers.weights.read.header_facts import OF_BYTES
 from perflow_diffusers.weights.read.lora import as_delta
+from perflow_diffusers.weights.read.named import canonical_names
 from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.words.arguments import path_of
 
@@ -82,9 +83,7 @@ def _named(delta: Any) -> tuple[WeightSource, dict[str, str]]:
             'out, "kohya")`), and LoHa, LoKr, DoRA and differences as they are.'
         )
     source = as_delta(checked_delta(given))
-    plain, collisions = keys.canonical_map(source)
-    if collisions:
-        raise DeltaError(f"{source.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
+    plain = canonical_names(source)
     check_difference(source, plain)
     wrong = [name for name in plain if _comfy_name(name) is None or not source.dtypes[plain[name]].is_floating_point]
     if wrong:

@@ -29,6 +29,7 @@ from perflow_diffusers.weights.read.complete import check_difference
 from perflow_diffusers.weights.read.header_facts import KOHYA_CONFIG, KOHYA_SPELLING, for_new_tensors
 from perflow_diffusers.weights.read.lora import ADAPTER_METADATA, RESIDUAL, adapter_metadata, as_delta
 from perflow_diffusers.weights.read.lora_names import KOHYA_PREFIXES, spelled
+from perflow_diffusers.weights.read.named import canonical_names
 from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.words.arguments import dtype_of, in_words, is_number, path_of, whole_number
 
@@ -200,11 +201,9 @@ def _checked_names(weights: WeightSource) -> dict[str, str]:
             f"{weights.name} is a complete checkpoint in the original format. Make a delta with "
             "`compute_delta(base, tuned)` first."
         )
-    names, collisions = keys.canonical_map(weights)
+    names = canonical_names(weights)
     if not names:
         raise DeltaError(f"{weights.name} is empty: there is nothing to extract.")
-    if collisions:
-        raise DeltaError(f"{weights.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
     wrong = [f"{key} ({weights.dtypes[key]})" for key in names.values() if not weights.dtypes[key].is_floating_point]
     if wrong:
         raise DeltaError(f"{weights.name} holds tensors that are not floating point: {keys.grouped(wrong)}.")

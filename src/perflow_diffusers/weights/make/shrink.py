@@ -16,6 +16,7 @@ from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.complete import check_difference
 from perflow_diffusers.weights.read.header_facts import without_hashes
 from perflow_diffusers.weights.read.lora import as_delta
+from perflow_diffusers.weights.read.named import canonical_names
 from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.words.arguments import path_of
 from perflow_diffusers.words.shown import LongDict, html_table, shorten, shown
@@ -135,9 +136,7 @@ def _packing(
         raise DeltaError(f"dtype={name!r} is unknown. Pass one of {', '.join(get_args(PackedDtype))}.")
     given = open_weights(delta)
     source = as_delta(checked_delta(given))
-    names, collisions = keys.canonical_map(source)
-    if collisions:
-        raise DeltaError(f"{source.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
+    names = canonical_names(source)
     wrong = [key for key in names.values() if not source.dtypes[key].is_floating_point]
     if wrong:
         raise DeltaError(f"{source.name} holds tensors that are not floating point: {keys.grouped(wrong)}.")

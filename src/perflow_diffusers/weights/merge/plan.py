@@ -196,9 +196,9 @@ def _checked_source(source: Any) -> WeightSource:
     return delta
 
 
-def _checked_names(delta: WeightSource) -> dict[str, str]:
+def _checked_names(delta: WeightSource) -> Mapping[str, str]:
     """`{canonical name: key}` of a delta."""
-    names, collisions = keys.canonical_map(delta)
+    names, collisions = delta.canonical
     if collisions:
         shown = ", ".join(f"{first} and {second}" for first, second in collisions[:3])
         raise MergeError(f"{delta.name} has more than one tensor for the same weight: {shown}. Keep one of each.")

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from perflow_diffusers.weights.read import live
-from perflow_diffusers.weights.read.keys import canonical_map
 from perflow_diffusers.weights.read.source import WeightSource
 
 #: Of a delta: what acts at half its strength is within.
@@ -33,7 +32,7 @@ def share_within(
     base has little in common with the delta, and the result must be four times what chance would make of it.
     `attached`: count the LoRAs that act beside the weights, too.
     """
-    weights, names = live.live_weights(model)[0], canonical_map(delta)[0]
+    weights, names = live.live_weights(model)[0], delta.canonical[0]
     beside = live.acting_differences(model, sample) if attached else {}
     pairs = []
     for name, known in sample.items():

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -60,7 +61,7 @@ class Rebuilt(WeightSource):
 
     `covers_all` says whether it covers all weights of a model, or only some as a LoRA does; `made_of` are the
     arguments of `as_delta` that it came from; `on_base` names tensors that depend on the weight to which they are
-    added (DoRA's), which `near` must be told.
+    added (DoRA's), which `near` must be told; `residual` is the file that goes with a LoRA, opened and in it already.
     """
 
     build: Callable[[str, torch.device, torch.Tensor | None], torch.Tensor]
@@ -68,11 +69,12 @@ class Rebuilt(WeightSource):
     covers_all: bool
     made_of: tuple[WeightSource, dict[str, tuple[int, ...]]] = field(repr=False)
     on_base: frozenset[str] = frozenset()
+    residual: WeightSource | None = field(default=None, repr=False)
 
     def __reduce__(self) -> tuple:
         return _made_again, self.made_of
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """ "lora" or "delta"."""
         return "delta" if self.covers_all else "lora"
@@ -177,8 +179,9 @@ def _lora_as_delta(
             f"{source.name} is a DoRA ({len(kin.magnitudes)} magnitudes): what it changes depends on the weights of "
             "the base. Merge it into its base with `merge_files(base, dora, out)`, and use `compute_delta(base, out)`."
         )
-    residual = as_delta(open_residual(source))
-    rest, collisions = keys.canonical_map(residual)
+    beside = open_residual(source)
+    residual = as_delta(beside)
+    rest, collisions = residual.canonical
     shapes = {name: _shape(source, layer, model.get(name)) for name, layer in layers.items()}
     for name, key in magnitudes.items():
         magnitude_axis(source, key, shapes[name])
@@ -211,7 +214,7 @@ def _lora_as_delta(
 
     dtypes = dict.fromkeys(shapes, torch.float32)
     on = frozenset(magnitudes)
-    return _rebuilt(source, shapes, dtypes, build, bounds, covers_all=False, model=model, on_base=on)
+    return _rebuilt(source, shapes, dtypes, build, bounds, covers_all=False, model=model, on_base=on, residual=beside)
 
 
 def weight_name(layer: LoraLayer | KinLayer) -> str:
@@ -306,6 +309,7 @@ def _rebuilt(
     covers_all: bool,
     model: Mapping[str, tuple[int, ...]],
     on_base: frozenset[str] = frozenset(),
+    residual: WeightSource | None = None,
 ) -> Rebuilt:
     return Rebuilt(
         source.name,
@@ -319,6 +323,7 @@ def _rebuilt(
         covers_all=covers_all,
         made_of=(source, dict(model)),
         on_base=on_base,
+        residual=residual,
     )
 
 

@@ -1,5 +1,6 @@
-"""Complete weights of a UNet by canonical names: `named_weights(anything)`."""
+"""Weights by canonical names, or an error: `canonical_names(source)`, of complete ones `named_weights(anything)`."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from perflow_diffusers.weights.read.single_file import unet_of_single_file
 from perflow_diffusers.weights.read.source import WeightSource, check_detached, open_weights
 
 
-def named_weights(anything: Any) -> tuple[WeightSource, dict[str, str]]:
+def named_weights(anything: Any) -> tuple[WeightSource, Mapping[str, str]]:
     """A source of complete weights of a UNet and its `{canonical name: key}`; original-format files through diffusers.
 
     `anything` is what `compute_delta` takes. Raises `DeltaError` for a LoRA, empty weights, and doubled names.
@@ -28,9 +29,15 @@ def named_weights(anything: Any) -> tuple[WeightSource, dict[str, str]]:
         )
     if keys.is_original_format(source):
         source = replace(unet_of_single_file(source), name=source.name, files=source.files)
-    names, collisions = keys.canonical_map(source)
-    if collisions:
-        raise DeltaError(f"{source.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
+    names = canonical_names(source)
     if not names:
         raise DeltaError(f"{source.name} is empty. Pass the weights of a UNet.")
     return source, names
+
+
+def canonical_names(source: WeightSource) -> Mapping[str, str]:
+    """`{canonical name: name in the source}`; raises `DeltaError` if two of its tensors are one weight."""
+    names, collisions = source.canonical
+    if collisions:
+        raise DeltaError(f"{source.name} has more than one tensor for a weight: {collisions[0]}. Keep one of each.")
+    return names

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Unpack
@@ -63,7 +64,13 @@ class WeightSource(Mapping[str, torch.Tensor]):
             rows.append((block, len(names), f"{numbers:,}", ", ".join(kinds)))
         return html_table(str(self), ("block", "tensors", "numbers", "dtype"), rows)
 
-    @property
+    @cached_property
+    def canonical(self) -> tuple[Mapping[str, str], tuple[tuple[str, str], ...]]:
+        """`{canonical name: name here}`, and the pairs of names here that are one weight; made out once."""
+        names, collisions = keys.canonical_map(self.shapes)
+        return MappingProxyType(names), collisions
+
+    @cached_property
     def kind(self) -> str:
         """ "delta", "lora" or "weights"."""
         if keys.is_lora(self.shapes):
