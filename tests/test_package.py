@@ -1,11 +1,21 @@
 """The package's door: names on demand, and classes that diffusers finds whichever is imported first."""
 
+import configparser
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+import yaml
 
 import perflow_diffusers
+from perflow_diffusers.hub.card import INSTALL_NOTE
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(code):
@@ -56,3 +66,65 @@ sys.path_importer_cache.clear()
 print(importlib.util.find_spec("diffusers"))
 """
     assert run(code) == ["None"]
+
+
+def test_the_oldest_python_is_the_same_everywhere():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    oldest = setup["options"]["python_requires"].removeprefix(">=")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    ci = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    used = next(step["with"] for step in ci["jobs"]["test"]["steps"] if "setup-python" in step.get("uses", ""))
+    named = sorted(re.findall(r"Python :: (3\.\d+)", setup["metadata"]["classifiers"]))
+    readme = re.findall(r"Python (3[\d., \nor]+\d)", (ROOT / "README.md").read_text())
+    assert oldest == project["tool"]["mypy"]["python_version"] == used["python-version"] == named[0]
+    assert [re.findall(r"3\.\d+", text) for text in readme] == [named]
+    major, minor = oldest.split(".")
+    assert f"sys.version_info < ({major}, {minor})" in (ROOT / "Makefile").read_text()
+    for text in (INSTALL_NOTE, (ROOT / "CONTRIBUTING.md").read_text()):
+        assert f"Python {oldest} or newer" in text
+
+
+def test_no_extra_is_for_what_a_wheel_does_not_hold():
+    """Each package of an extra is imported in the package itself."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    code = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    for needed in setup["options.extras_require"].values():
+        for line in needed.split():
+            name = re.match(r"\w+", line)[0]
+            assert re.search(rf"^\s*(import|from) {name}\b", code, re.M), name
+
+
+def make(folder, *words):
+    shutil.copy(ROOT / "Makefile", folder)
+    for name in ("setup.cfg", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, timeout=60, env=environment)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("target", ["demo", "app", "test"])
+def test_a_python_that_is_too_old_is_said_before_anything_is_made(target, tmp_path):
+    old = tmp_path / "old-python"
+    old.write_text('#!/bin/sh\ncase "$1" in --version) echo Python 3.10.14;; *) exit 1;; esac\n')
+    old.chmod(0o755)
+    for python, said in (("./old-python", "is Python 3.10.14"), ("./no-python", "is not found")):
+        done = make(tmp_path, target, f"PYTHON={python}")
+        assert done.returncode != 0 and f"make {target} PYTHON=python3" in done.stderr
+        assert "needs Python 3.11 or newer" in done.stderr and said in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_an_environment_whose_installation_was_cut_off_is_made_anew(tmp_path):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")  # new enough, and with pip
+    python.chmod(0o755)
+    (tmp_path / ".venv" / "pyvenv.cfg").touch()
+    anew = "-m venv --clear .venv"
+    assert anew not in make(tmp_path, "-n", "demo", f"PYTHON={sys.executable}").stdout
+    (tmp_path / ".venv" / ".installing").touch()
+    assert anew in make(tmp_path, "-n", "demo", f"PYTHON={sys.executable}").stdout

@@ -124,6 +124,28 @@ def test_settings_come_back_from_a_png(client):
     assert client.post("/perflow/settings", content=png()).status_code == 400
 
 
+def test_loading_says_how_far_it_is_and_an_error_leaves_the_model_that_is_there(room, client, monkeypatch):
+    told, go = threading.Event(), threading.Event()
+
+    def slow(model, accelerator, progress, **options):
+        progress(f"Loading {model} (float32, cpu)")
+        told.set()
+        go.wait(30)
+        raise ValueError(f"{model} does not exist.")
+
+    monkeypatch.setattr("perflow_diffusers.app.room.open_studio", slow)
+    assert client.post("/perflow/open", json={"model": "mine", "accelerator": ""}).status_code == 200
+    told.wait(30)
+    said = client.get("/perflow/status").json()
+    assert (said["state"], said["text"]) == ("opening", "Loading mine (float32, cpu) ...")
+    go.set()
+    kinds = [event["kind"] for event in wish(client, window="c" * 32, number=1)]
+    said = client.get("/perflow/status").json()
+    assert (said["state"], said["text"]) == ("failed", "mine does not exist.")
+    assert kinds[0] == "picture" and said["about"].startswith("avatars")
+    room.back()
+
+
 def test_visitors_from_elsewhere_open_no_models(room):
     with TestClient(Starlette(routes=Live(room, may_open=False).routes())) as client:
         answer = client.post("/perflow/open", json={"model": "disco", "accelerator": "miniature"})

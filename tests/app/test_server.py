@@ -14,9 +14,7 @@ from app_server import Server
 
 pytest.importorskip("gradio", reason='the page needs Gradio: pip install -e ".[app]"')
 
-import gradio
-
-from perflow_diffusers.app import room, server
+from perflow_diffusers.app import page, room, server
 from perflow_diffusers.app.desk import Desk
 from perflow_diffusers.app.live import NAMES, Live
 from perflow_diffusers.app.pictures import MAX_BYTES
@@ -89,8 +87,10 @@ def test_what_gradio_is_asked_for(options, address, may_open, monkeypatch):
     """Models are opened by people at this machine alone, and nobody is let in from elsewhere unasked."""
 
     class NoRoom:
+        studio = None
+
         def __init__(self, **options):
-            self.studio = None
+            pass
 
         def open(self, *words):
             pass
@@ -98,19 +98,28 @@ def test_what_gradio_is_asked_for(options, address, may_open, monkeypatch):
         def close(self):
             pass
 
+    class NoPage:
+        def __init__(self, may_open):
+            self.may_open = may_open
+
+        def launch(self, **given):
+            asked.update(given, page=self)
+
+        def block_thread(self):
+            pass
+
+        def close(self, verbose):
+            pass
+
     asked, told = {}, []
     monkeypatch.setattr(room, "Room", NoRoom)
-    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **given: asked.update(given, blocks=self))
-    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda self: None)
-    monkeypatch.setattr(gradio.Blocks, "close", lambda self, **given: None)
+    monkeypatch.setattr(page, "build", NoPage)
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
     server.serve(tell=told.append, browser=False, **options)
     assert (asked["server_name"], asked["share"]) == address and asked["inbrowser"] is False
     assert asked["max_file_size"] == MAX_BYTES and os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
-    assert asked["blocks"].analytics_enabled is False
-    assert {route.endpoint.__self__.may_open for route in asked["app_kwargs"]["routes"]} == {may_open}
-    labels = {block.label for block in asked["blocks"].blocks.values() if isinstance(block, gradio.Tab)}
-    assert ("Model" in labels) == may_open
+    routes = {route.endpoint.__self__.may_open for route in asked["app_kwargs"]["routes"]}
+    assert routes == {asked["page"].may_open} == {may_open}
     assert len(told) == 1 and str(asked["server_port"]) in told[0]
 
 

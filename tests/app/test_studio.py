@@ -258,6 +258,48 @@ def test_models_that_cannot_be_opened(tmp_path, plain, model, options, said):
         open_studio(model, **options)
 
 
+@pytest.mark.parametrize(
+    ("there", "options", "said"),
+    [
+        ((), {}, "float32, cpu"),
+        (("cuda",), {}, "float16, cuda"),
+        (("mps",), {}, "float16, mps"),
+        (("cuda", "mps"), {}, "float16, cuda"),
+        (("cuda",), {"device": "cpu"}, "float32, cpu"),
+        (("cuda",), {"dtype": "bfloat16"}, "bfloat16, cuda"),
+    ],
+)
+def test_device_and_dtype_are_chosen(there, options, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    monkeypatch.setattr(opening, "_load", lambda model, dtype: dtype)  # which has no UNet
+    told = []
+    with pytest.raises(OpeningError, match="has no UNet"):
+        open_studio(str(tmp_path), "miniature", progress=told.append, **options)
+    assert told == [f"Loading {tmp_path.name} ({said})"]
+
+
+@pytest.mark.parametrize("alarmed", [True, False])
+def test_the_safety_checker_is_the_checkpoints_own(plain, tmp_path, alarmed):
+    """One whose thresholds are beyond any cosine: it alarms at everything, or at nothing."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision = {**size, "image_size": 32, "patch_size": 16, "projection_dim": 4}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=size, vision_config=vision, projection_dim=4))
+    for name, threshold in checker.named_parameters():
+        if name.endswith("_weights"):
+            threshold.data.fill_(-2.0 if alarmed else 2.0)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    parts = {**plain.components, "safety_checker": checker, "feature_extractor": processor}
+    StableDiffusionPipeline(**parts).save_pretrained(tmp_path / "checked")
+    studio = open_studio(str(tmp_path / "checked"), "miniature", device="cpu")
+    assert np.asarray(studio.draw(Settings(PROMPT)).picture).any() != alarmed
+    assert plain.safety_checker is None and Studio.miniature().pipe.safety_checker is None
+
+
 def test_an_exported_pipeline_has_no_picture_without_its_accelerator(tmp_path):
     from perflow_diffusers import export_pipeline, load_perflow
 

@@ -19,6 +19,7 @@ def run(*words):
 def test_without_gradio_the_way_out_is_said(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("perflow_diffusers.app.") and "server" not in name]:
         monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(f"perflow_diffusers.app.{name.rpartition('.')[2]}")  # both come back: there are not two
     monkeypatch.setitem(sys.modules, "gradio", None)  # what Python does where it is not installed
     result, said = run()
     assert result.exit_code == 2
@@ -51,6 +52,16 @@ def test_an_open_address_is_warned_of(host, warned, monkeypatch):
     result, said = run("--host", host)
     assert result.exit_code == 0 and (seen["host"], seen["share"], seen["browser"]) == (host, False, False)
     assert ("can use this page" in said) == warned
+
+
+def test_unasked_it_serves_this_machine_alone_and_opens_a_browser(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(server, "serve", lambda *words, **options: seen.update(options, words=words))
+    assert CliRunner().invoke(app, ["app"]).exit_code == 0
+    assert (seen["host"], seen["port"], seen["share"], seen["browser"]) == ("127.0.0.1", None, False, True)
+    assert seen["words"] == ("miniature", None)
+    assert CliRunner().invoke(app, ["app", "--share", "--no-browser", "--port", "8000"]).exit_code == 0
+    assert (seen["port"], seen["share"], seen["browser"]) == (8000, True, False)
 
 
 def test_an_address_of_another_machine_is_refused():

@@ -28,6 +28,23 @@ print([name for name in {HEAVY} if name in sys.modules])
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("perflow ext", ["extract-lora"]),
+        ("perflow draw --acc", ["--accelerator"]),
+        ("perflow p", ["pull", "push"]),
+    ],
+)
+def test_what_was_begun_is_completed(typed, offered, tmp_path, monkeypatch):
+    """As bash asks for it, by the variables that it sets."""
+    monkeypatch.setenv("_PERFLOW_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    done = run("sys.argv = ['perflow']; from perflow_diffusers.cli import main; main()", tmp_path)
+    assert sorted(done.stdout.split()) == offered and done.stderr == ""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize("words", [["demo"], ["draw", "x"], ["info", "x"], ["diff", "a", "b", "c.safetensors"]])
 def test_ctrl_c_while_it_imports_is_a_sentence(words, tmp_path):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from perflow_diffusers import __version__, load_miniature, load_perflow
 from perflow_diffusers.app.pictures import from_png
 from perflow_diffusers.cli import app
-from perflow_diffusers.miniature import unknown_words
+from perflow_diffusers.miniature import miniature_folder, unknown_words
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +84,34 @@ def test_version_short_help_and_module():
         assert run(*words).exit_code == 0
     out = subprocess.run([sys.executable, "-m", "perflow_diffusers", "--version"], capture_output=True, text=True)
     assert (out.stdout, out.stderr) == (f"perflow-diffusers {__version__}\n", "")
+
+
+def test_going_back_to_a_stock_scheduler_says_nothing():
+    """diffusers names attributes of a config that a scheduler does not know."""
+    code = (
+        "import sys, perflow_diffusers as pf; from diffusers import DDIMScheduler, EulerDiscreteScheduler; "
+        "pipe = pf.load_miniature(); pf.load_perflow(pipe, 'miniature'); print('loaded', file=sys.stderr); "
+        "[kind.from_config(pipe.scheduler.config) for kind in (DDIMScheduler, EulerDiscreteScheduler)]; "
+        "pf.unload_perflow(pipe)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0 and out.stdout == ""
+    assert len(out.stderr.splitlines()) == 2 and out.stderr.endswith("\nloaded\n")  # one line on steps and guidance
+
+
+def test_another_model_and_accelerator_are_drawn_with(here):
+    load_miniature("disco").save_pretrained(here / "mine")
+    delta = miniature_folder() / "delta" / "perflow.safetensors"
+    result = run("draw", "a person", "--model", "mine", "--accelerator", str(delta), "--seed", "4", "--device", "cpu")
+    assert (result.exit_code, result.stdout) == (0, "a-person.png\n"), result.output
+    pipe = load_miniature("disco")
+    pipe.set_progress_bar_config(disable=True)
+    load_perflow(pipe, "miniature")
+    picture = pipe(
+        "a person", num_inference_steps=4, guidance_scale=1.0, generator=torch.Generator().manual_seed(4)
+    ).images[0]
+    drawn = np.asarray(Image.open("a-person.png"))[::8, ::8]
+    assert np.abs(drawn.astype(int) - np.asarray(picture).astype(int)).max() <= 1  # of other numbers of threads
 
 
 def test_loading_the_miniature_says_nothing():

@@ -23,6 +23,14 @@ def test_every_committed_config_is_valid(path):
     assert isinstance(load_config(path, needed), TrainingConfig)
 
 
+def test_the_try_out_is_short_compiles_nothing_and_ends_with_a_picture():
+    config = load_config(CONFIGS / "tryout.yaml", [])
+    assert (config.max_train_steps, config.torch_compile, TrainingConfig().torch_compile) == (200, False, False)
+    assert config.max_train_steps % config.validation_steps == 0 and config.validation_prompts
+    readme = (CONFIGS.parent / "README.md").read_text()
+    assert "--config training/configs/tryout.yaml" in readme and "validation/step-000200.png" in readme
+
+
 def test_overrides_win_over_the_file_and_keep_their_types():
     config = load_config(
         CONFIGS / "miniature.yaml", ["max_train_steps=7", "learning_rate=1e-3", "guidance_scale=null"]
