@@ -20,7 +20,7 @@ from perflow_diffusers.weights.read.live import check_runs_on_its_weights, live_
 from perflow_diffusers.weights.read.locate import SHORT_NAMES, HubSpec, Located, locate
 from perflow_diffusers.weights.read.original_file import ema_names
 from perflow_diffusers.words.arguments import in_words
-from perflow_diffusers.words.shown import html_table, shorten, shown, size_in_words
+from perflow_diffusers.words.shown import FixedDict, LongTuple, html_table, shorten, shown, size_in_words
 
 __all__ = ["SHORT_NAMES", "HubSpec", "WeightSource", "open_weights"]
 
@@ -68,7 +68,7 @@ class WeightSource(Mapping[str, torch.Tensor]):
     def canonical(self) -> tuple[Mapping[str, str], tuple[tuple[str, str], ...]]:
         """`{canonical name: name here}`, and the pairs of names here that are one weight; made out once."""
         names, collisions = keys.canonical_map(self.shapes)
-        return MappingProxyType(names), collisions
+        return FixedDict(names), LongTuple(collisions)
 
     @cached_property
     def kind(self) -> str:
