@@ -4,7 +4,7 @@ import threading
 import time
 
 from perflow_diffusers.app.desk import Desk
-from perflow_diffusers.app.studio import Interrupted
+from perflow_diffusers.app.drawing import Interrupted
 
 
 class Drawer:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from perflow_diffusers.app.studio import Cancelled, Interrupted
+from perflow_diffusers.app.drawing import Cancelled, Interrupted
 from perflow_diffusers.words.shown import shown
 
 logger = logging.getLogger(__name__)

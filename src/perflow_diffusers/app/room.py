@@ -7,9 +7,10 @@ from typing import Any
 from PIL import Image
 
 from perflow_diffusers.app.desk import Desk, Ticket, sentence
+from perflow_diffusers.app.drawing import Cancelled, Drawing
 from perflow_diffusers.app.opening import open_studio
 from perflow_diffusers.app.settings import Settings
-from perflow_diffusers.app.studio import Cancelled, Drawing, Studio
+from perflow_diffusers.app.studio import Studio
 
 _OPENING = "the model"  # the desk's name for the wish to open one; windows have hashes
 

@@ -45,7 +45,7 @@ def serve(
 
     Raises ServerError without Gradio, or for a port that is taken.
     """
-    # Before Gradio is imported, which reads them: nothing is reported to anyone.
+    # Before Gradio and the Hub's client are imported, which read them: nothing is reported to anyone.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     chosen = free_port(host, port)
@@ -54,14 +54,13 @@ def serve(
         try:
             from perflow_diffusers.app.live import Live
             from perflow_diffusers.app.page import build, head, theme
+            from perflow_diffusers.app.pictures import MAX_BYTES
+            from perflow_diffusers.app.room import Room
         except ImportError as error:
             if (error.name or "").partition(".")[0] not in ("gradio", "gradio_client"):
                 raise
             raise ServerError(MISSING) from None
     import transformers
-
-    from perflow_diffusers.app.pictures import MAX_BYTES
-    from perflow_diffusers.app.room import Room
 
     transformers.logging.set_verbosity_error()  # it names what is not installed and not needed
     room = Room(**options)

@@ -1,57 +1,32 @@
 """A pipeline with its accelerator, and the same pipeline without: one picture at a time, interruptible."""
 
 import copy
-import functools
 import hashlib
-import time
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging
+from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 
+from perflow_diffusers.app.drawing import Cancelled, Drawing, decoded, hushed, run
 from perflow_diffusers.app.settings import SAME, Settings, SettingsError
-from perflow_diffusers.hub import load_perflow, set_perflow_scale
+from perflow_diffusers.hub import load_perflow, set_perflow_scale, set_scheduler
 from perflow_diffusers.hub.guidance import is_far
+from perflow_diffusers.hub.recognise import settings_of
 from perflow_diffusers.hub.state import loaded
 from perflow_diffusers.miniature import MINIATURE_GUIDANCE, load_miniature
 from perflow_diffusers.schedulers.stock import stock_scheduler
 from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.words.shown import shown
 
-#: told (step, steps) after each step; the picture is given up if it answers True
-Cancelled = Callable[[int, int], bool]
 SMALL = 50_000_000  # parameters up to which a second UNet is cheaper than changing the strength for each comparison
 _THREADS = torch.get_num_threads()
 KEPT = 32  # comparisons that are remembered
-
-
-class Interrupted(Exception):
-    """The picture was given up between two steps; the pipeline is as before."""
-
-
-@shown
-@dataclass
-class Drawing:
-    """A picture of its pipeline's own size, and what it cost.
-
-    `evaluations`: pictures that went through the UNet, counted as they did (guidance doubles them). `milliseconds`: of
-    the whole call, text encoder and VAE included. `estimates`: the clean latents that each step foresaw. `notes`:
-    what the library warned of, and a guidance that is far from the accelerator's.
-    """
-
-    picture: Image.Image
-    settings: Settings
-    evaluations: int
-    milliseconds: float
-    estimates: list[torch.Tensor] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 @shown
@@ -92,16 +67,13 @@ class Studio:
 
         Raises what `load_perflow` and `set_scheduler` do.
         """
-        from perflow_diffusers.hub import set_scheduler
-        from perflow_diffusers.hub.recognise import settings_of
-
         pipe.set_progress_bar_config(disable=True)
         second, former = None, None
         if accelerator:
             unet = find_unet(pipe)
             if sum(weight.numel() for weight in unet.parameters()) <= SMALL:
                 second = copy.deepcopy(unet)
-            with _hushed():  # what it advises, the page and the commands do
+            with hushed():  # what it advises, the page and the commands do
                 artifact = load_perflow(pipe, accelerator, **where)
             state = loaded(pipe)
             if state is not None:
@@ -110,7 +82,7 @@ class Studio:
                 second = None
         else:
             artifact = settings_of(pipe)
-            with _hushed():
+            with hushed():
                 set_scheduler(pipe)
         guidance = 1.0 if artifact.guidance_scale is None else artifact.guidance_scale
         stock = MINIATURE_GUIDANCE if is_miniature else 5.0 if "XL" in type(pipe).__name__ else 7.5
@@ -154,7 +126,11 @@ class Studio:
         if self.former is not None and settings.accelerator_scale != self._scale:
             self._rescale(settings.accelerator_scale)
             self._scale = settings.accelerator_scale
-        return self._run(settings, image, cancelled, settings.steps, settings.guidance_scale, keep=True)
+        steps, guidance = settings.steps, settings.guidance_scale
+        drawing = self._run(settings, image, cancelled, steps, guidance, keep=True)
+        if is_far(guidance, self.guidance_scale):
+            drawing.notes.append(f"Guidance {guidance:g} is far from {self.guidance_scale:g}, which this is made for.")
+        return drawing
 
     def draw_stock(
         self, settings: Settings, image: Image.Image | None = None, cancelled: Cancelled | None = None
@@ -208,8 +184,6 @@ class Studio:
         if image is None:
             return self.pipe
         if self._image_pipe is None:
-            from diffusers import AutoPipelineForImage2Image
-
             self._image_pipe = AutoPipelineForImage2Image.from_pipe(self.pipe)
             self._image_pipe.set_progress_bar_config(disable=True)
         return self._image_pipe
@@ -236,76 +210,14 @@ class Studio:
         guidance_scale: float,
         keep: bool = False,
     ) -> Drawing:
-        width, height = (settings.width or self.size[0], settings.height or self.size[1])
-        call: dict[str, Any] = {
-            "prompt": settings.prompt,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance_scale,
-            "generator": torch.Generator().manual_seed(settings.seed),
-        }
-        if settings.negative_prompt:
-            call["negative_prompt"] = settings.negative_prompt
-        if image is None:
-            call |= {"width": width, "height": height}
-        else:
-            if settings.strength is None:
-                raise SettingsError("Image to image needs a strength.")
-            call |= {"image": fit(image, width, height), "strength": settings.strength}
-        total = steps if image is None else max(int(steps * (settings.strength or 1)), 1)
-
-        def after_step(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if cancelled is not None and cancelled(i + 1, total):
-                raise Interrupted
-            return tensors
-
-        with (
-            self._dressed(self._pipe_for(image), settings) as pipe,
-            _counted(pipe.unet) as count,
-            _watched(pipe.scheduler, keep) as estimates,
-            _hushed(),
-            warnings.catch_warnings(record=True) as caught,
-        ):
-            warnings.simplefilter("always")
-            begin = time.perf_counter()
-            try:
-                result = pipe(**call, callback_on_step_end=after_step)
-            except Interrupted:
-                pipe.maybe_free_model_hooks()
-                raise
-            milliseconds = 1000 * (time.perf_counter() - begin)
-        # A strength of 0 is what was asked for here.
-        said = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
-        notes = [text for text in said if not text.startswith("PeRFlowScheduler is drawing")]
-        if keep and is_far(guidance_scale, self.guidance_scale):
-            notes.append(f"Guidance {guidance_scale:g} is far from {self.guidance_scale:g}, which this is made for.")
-        return Drawing(result.images[0], settings, count[0], milliseconds, estimates, notes)
+        size = (settings.width or self.size[0], settings.height or self.size[1])
+        options: dict[str, Any] = {"image": image, "cancelled": cancelled, "keep": keep}
+        with self._dressed(self._pipe_for(image), settings) as pipe:
+            return run(pipe, settings, size, steps=steps, guidance_scale=guidance_scale, **options)
 
     def states(self, drawing: Drawing) -> list[Image.Image]:
         """The picture that each step foresaw, decoded: pred_original_sample of the scheduler."""
-        if not drawing.estimates:
-            return []
-        vae = self.pipe.vae
-        latents = torch.cat(drawing.estimates)
-        upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-        if upcast:
-            vae.to(torch.float32)
-        try:
-            with torch.no_grad():
-                mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
-                latents = latents.to(vae.dtype)
-                if mean is not None and std is not None:
-                    shape = (1, -1, 1, 1)
-                    latents = latents * latents.new_tensor(std).view(shape) / vae.config.scaling_factor
-                    latents = latents + latents.new_tensor(mean).view(shape)
-                else:
-                    latents = latents / vae.config.scaling_factor
-                # one at a time: decoding is what takes the memory
-                decoded = [vae.decode(one[None], return_dict=False)[0] for one in latents]
-        finally:
-            if upcast:
-                vae.to(torch.float16)
-        self.pipe.maybe_free_model_hooks()
-        return self.pipe.image_processor.postprocess(torch.cat(decoded).float(), output_type="pil")
+        return decoded(self.pipe, drawing.estimates) if drawing.estimates else []
 
     def _check(self, settings: Settings) -> None:
         tokenizer = getattr(self.pipe, "tokenizer", None)
@@ -315,61 +227,3 @@ class Studio:
         count = len(tokenizer(settings.prompt, truncation=False, verbose=False).input_ids)
         if count > limit:
             raise SettingsError(f"The prompt has {count} tokens, and the miniature reads {limit}. Shorten it.")
-
-
-def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of a picture at the given size."""
-    from PIL import ImageOps
-
-    return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-
-
-@contextmanager
-def _counted(unet: Any) -> Iterator[list[int]]:
-    """Counts the samples that go through a UNet."""
-    count = [0]
-
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = args[0] if args else kwargs["sample"]
-        count[0] += sample.shape[0]
-
-    handle = unet.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield count
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """No lines of the library's log about steps and guidance: notes say it where someone looks."""
-    logger = logging.get_logger("diffusers.perflow")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _watched(scheduler: Any, keep: bool) -> Iterator[list[torch.Tensor]]:
-    """Collects each step's pred_original_sample, which a pipeline throws away."""
-    estimates: list[torch.Tensor] = []
-    if not keep:
-        yield estimates
-        return
-    step = scheduler.step
-
-    @functools.wraps(step)  # pipelines look at its signature
-    def watching(*args: Any, **kwargs: Any) -> Any:
-        whole = kwargs.pop("return_dict", True)
-        output = step(*args, **kwargs, return_dict=True)
-        estimates.append(output.pred_original_sample)
-        return output if whole else (output.prev_sample,)
-
-    scheduler.step = watching
-    try:
-        yield estimates
-    finally:
-        del scheduler.step

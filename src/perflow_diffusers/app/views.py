@@ -6,9 +6,10 @@ from typing import Any
 
 from PIL import Image
 
+from perflow_diffusers.app.drawing import Drawing
 from perflow_diffusers.app.pictures import to_png
 from perflow_diffusers.app.settings import SAME
-from perflow_diffusers.app.studio import Drawing, Studio
+from perflow_diffusers.app.studio import Studio
 
 STATE = 192  # pixels at most of the longer side of a step's state
 NONE = "This model has its accelerator in its weights: there is no picture without it."
