@@ -96,4 +96,4 @@ def test_long_examples_are_broken_before_an_option_and_never_inside_quotes():
 def test_both_spellings_of_the_licence(tmp_path):
     for spelling in ("--licence", "--license"):
         context = COMMAND.commands["push"].make_context("push", ["folder", "me/x", spelling, "mit"])
-        assert context.params["licence"] == "mit"
+        assert context.params["license"] == "mit"

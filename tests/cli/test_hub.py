@@ -186,7 +186,7 @@ def test_a_dry_run_checks_what_the_push_checks(artifact, perflow, tmp_path, nobo
     from dataclasses import replace
 
     unlicensed, damaged = tmp_path / "unlicensed", tmp_path / "damaged"
-    whole = replace(PeRFlowArtifact.from_header(DELTA), base_model="someone/base", licence=None)
+    whole = replace(PeRFlowArtifact.from_header(DELTA), base_model="someone/base", license=None)
     whole.save(unlicensed, base=load_miniature())
     shutil.copytree(artifact, damaged)
     (damaged / "README.md").unlink()

@@ -62,7 +62,7 @@ def test_saving_again_changes_no_byte_of_the_weights_and_replaces_nothing_unaske
         replace(artifact, licence="mit").save(tmp_path / "copy")
     assert before == {path: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
     again = replace(artifact, licence="mit").save(tmp_path / "copy", overwrite=True)
-    assert again.licence == "mit" and open_weights(again.files["delta"]).metadata["licence"] == "mit"
+    assert again.licence == "mit" and open_weights(again.files["delta"]).metadata["license"] == "mit"
 
 
 def test_saved_settings_are_all_read_back(accelerators, tmp_path):

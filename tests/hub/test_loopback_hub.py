@@ -54,7 +54,7 @@ def world(artifact_folder, accelerators, tmp_path_factory):
     (work / "token").write_text(TOKEN)
     (work / "artifact" / "notes.txt").write_text("not part of it")
     artifact = PeRFlowArtifact.from_folder(artifact_folder)
-    bare = replace(artifact, licence=None, base_model=None, files={"delta": artifact.files["delta"]})
+    bare = replace(artifact, license=None, base_model=None, files={"delta": artifact.files["delta"]})
     bare.save(work / "unlicensed")
     replace(bare, base_model="someone/base").save(work / "with-base")
     with LoopbackHub() as server:
@@ -154,7 +154,7 @@ def test_refusals_of_pushing_are_clear(world):
     for key in ("no token", "wrong token"):
         assert pushed[key].startswith("PushError") and "hf auth login" in pushed[key]
     assert pushed["taken"].startswith("PushError") and "exist_ok=True" in pushed["taken"]
-    assert pushed["no licence"].startswith("PushError") and "licence=" in pushed["no licence"]
+    assert pushed["no licence"].startswith("PushError") and "license=" in pushed["no licence"]
     assert "me/unlicensed" not in world["server"].repositories
 
 

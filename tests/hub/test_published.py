@@ -29,7 +29,7 @@ FACTS = [
 def test_the_table_says_what_is_known():
     table = [(p.repo_id, p.form, p.prediction_type, p.variant, p.guidance) for p in PUBLISHED]
     assert table == FACTS
-    assert {p.num_time_windows for p in PUBLISHED} == {4} and {p.licence for p in PUBLISHED} == {"cc-by-nc-4.0"}
+    assert {p.num_time_windows for p in PUBLISHED} == {4} and {p.license for p in PUBLISHED} == {"cc-by-nc-4.0"}
     assert published("perflow-sd15-delta").repo_id == "hansyan/perflow-sd15-delta-weights"
     assert SHORT_NAMES["perflow-sd15-delta"].variant == "v0-1"
     assert SHORT_NAMES["perflow-sd15-delta"].metadata == {"prediction_type": "diff_eps", "num_time_windows": "4"}

@@ -54,9 +54,9 @@ def push(
     repo_id: Annotated[
         str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub; created if it does not exist.")
     ],
-    licence: Annotated[
+    license: Annotated[
         str | None,
-        typer.Option("--licence", "--license", help="Licence of the weights; default: the card's, or the base's."),
+        typer.Option("--license", "--licence", help="Licence of the weights; default: the card's, or the base's."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create the repository for yourself alone.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; created if missing.")] = None,
@@ -72,7 +72,7 @@ def push(
 
     Examples:
 
-        perflow push perflow-sd15 someone/perflow-sd15 --licence creativeml-openrail-m
+        perflow push perflow-sd15 someone/perflow-sd15 --license creativeml-openrail-m
 
         perflow push perflow-sd15 someone/perflow-sd15 --create-pr --commit-message "Better eight steps"
     """
@@ -81,7 +81,7 @@ def push(
 
     with failing("push"):
         if dry_run:
-            plan = plan_push(folder, repo_id, licence=licence, revision=revision)
+            plan = plan_push(folder, repo_id, license=license, revision=revision)
             typer.echo(str(plan))
             if not plan.has_token:
                 note("push", NO_TOKEN)
@@ -90,7 +90,7 @@ def push(
         url = push_perflow(
             folder,
             repo_id,
-            licence=licence,
+            license=license,
             private=private or None,
             revision=revision,
             create_pr=create_pr,

@@ -30,7 +30,7 @@ class Published:
     guidance: tuple[float, float] | None = None
     num_time_windows: int = 4
     recommended_steps: tuple[int, ...] = (4, 8)
-    licence: str = "cc-by-nc-4.0"
+    license: str = "cc-by-nc-4.0"
     short_name: str = ""
     owner: str = _OWNER
     base_prediction_type: str = "epsilon"
@@ -48,7 +48,7 @@ class Published:
     @property
     def metadata(self) -> dict[str, str]:
         """All that the header of these weights would say, had they one (str -> str)."""
-        header = {**self.training, "recommended_steps": str(list(self.recommended_steps)), "licence": self.licence}
+        header = {**self.training, "recommended_steps": str(list(self.recommended_steps)), "license": self.license}
         header.update(base_prediction_type=self.base_prediction_type, noise=json.dumps(dict(self.family.noise)))
         if self.guidance is not None:
             header["recommended_guidance_scale"] = str(self.guidance[0])

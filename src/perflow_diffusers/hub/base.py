@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 
 from perflow_diffusers.hub.network import sample_base, signature
-from perflow_diffusers.hub.settings import BASE_TYPES, NOISE_FACTS
+from perflow_diffusers.hub.said import BASE_TYPES, NOISE_FACTS
 from perflow_diffusers.io.documents import read_json
 from perflow_diffusers.weights.merge.layers import before_merges
 from perflow_diffusers.weights.read.live import find_unet

@@ -3,14 +3,12 @@
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from perflow_diffusers.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from perflow_diffusers.hub.artifact import PeRFlowArtifact
+from perflow_diffusers.hub.settings import Settings
 
 PAPER = "https://arxiv.org/abs/2405.07510"
 # How people get this package, in the README and in every card: there is no release in an index of packages yet.
@@ -21,7 +19,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def artifact_card(
-    artifact: "PeRFlowArtifact", source: str, forms: Sequence[str], samples: Sequence[tuple[str, str]] = ()
+    said: Settings, source: str, forms: Sequence[str], samples: Sequence[tuple[str, str]] = ()
 ) -> ModelCard:
     """The card of an accelerator.
 
@@ -29,12 +27,12 @@ def artifact_card(
     "kohya"); `samples`: (prompt, path of its picture in the repository).
     """
     prompt = samples[0][0] if samples else _PROMPT
-    guidance = _guidance(artifact)
-    call = f"num_inference_steps={artifact.steps}, guidance_scale={guidance}"
+    guidance = _guidance(said)
+    call = f"num_inference_steps={said.steps}, guidance_scale={guidance}"
     lines = [
         f"# {_title(source)}",
         "",
-        f"An accelerator for {_base(artifact)}: pictures in {artifact.steps_in_words} steps, trained as piecewise "
+        f"An accelerator for {_base(said)}: pictures in {said.steps_in_words} steps, trained as piecewise "
         f"rectified flow ([PeRFlow]({PAPER})).",
         "",
         *_pictures(samples),
@@ -43,7 +41,7 @@ def artifact_card(
         INSTALL_NOTE,
         "",
         "```python",
-        *_pipeline(artifact.base_model),
+        *_pipeline(said.base_model),
         f"pf.load_perflow(pipe, {_literal(source)})  # the weights, and the scheduler they need",
         f"image = pipe({_literal(prompt)}, {call}).images[0]",
         'image.save("few-steps.png")',
@@ -53,9 +51,9 @@ def artifact_card(
         "base take it, too. With another scheduler than the one that is loaded here, pictures are wrong.",
         "",
         *_forms(forms),
-        *_settings_table(artifact, guidance),
+        *_settings_table(said, guidance),
     ]
-    return ModelCard(f"---\n{_data(artifact, forms, samples).to_yaml()}\n---\n\n" + "\n".join(lines))
+    return ModelCard(f"---\n{_data(said, forms, samples).to_yaml()}\n---\n\n" + "\n".join(lines))
 
 
 def read_card(text: str, where: str) -> ModelCard:
@@ -94,15 +92,15 @@ def saved_card(source: str) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
 
 
-def _data(artifact: "PeRFlowArtifact", forms: Sequence[str], samples: Sequence[tuple[str, str]]) -> ModelCardData:
+def _data(said: Settings, forms: Sequence[str], samples: Sequence[tuple[str, str]]) -> ModelCardData:
     tags = ["diffusers", "text-to-image", "perflow", "few-step"] + (["lora"] if "lora" in forms else [])
     extra: dict[str, Any] = {}
-    if artifact.base_model and _HUB_ID.fullmatch(artifact.base_model):
-        extra.update(base_model=artifact.base_model, base_model_relation="adapter")
+    if said.base_model and _HUB_ID.fullmatch(said.base_model):
+        extra.update(base_model=said.base_model, base_model_relation="adapter")
     if samples:
         extra["widget"] = [{"text": prompt, "output": {"url": path}} for prompt, path in samples]
     return ModelCardData(
-        library_name="diffusers", pipeline_tag="text-to-image", tags=tags, license=artifact.licence, **extra
+        library_name="diffusers", pipeline_tag="text-to-image", tags=tags, license=said.license, **extra
     )
 
 
@@ -120,8 +118,8 @@ def _literal(text: str) -> str:
     return json.dumps(text).replace("`", "\\x60")
 
 
-def _base(artifact: "PeRFlowArtifact") -> str:
-    base = artifact.base_model
+def _base(said: Settings) -> str:
+    base = said.base_model
     if base and _HUB_ID.fullmatch(base):
         return f"[{base}](https://huggingface.co/{base})"
     return f"`{_inline(base)}`" if base else "checkpoints of the family below"
@@ -144,11 +142,11 @@ def loading(arguments: str) -> list[str]:
     ]
 
 
-def _guidance(artifact: "PeRFlowArtifact") -> float:
+def _guidance(said: Settings) -> float:
     """What is recommended; else 1 for windows solved with guidance, and 4.5 for those solved without."""
-    if artifact.guidance_scale is not None:
-        return artifact.guidance_scale
-    return 1.0 if (artifact.solve_guidance or 0) > 1 else 4.5
+    if said.guidance_scale is not None:
+        return said.guidance_scale
+    return 1.0 if (said.solve_guidance or 0) > 1 else 4.5
 
 
 def _pictures(samples: Sequence[tuple[str, str]]) -> list[str]:
@@ -166,18 +164,18 @@ def _forms(forms: Sequence[str]) -> list[str]:
     return ["## Files", "", *(f"- {said[form]}" for form in forms if form in said), ""]
 
 
-def _settings_table(artifact: "PeRFlowArtifact", guidance: float) -> list[str]:
+def _settings_table(said: Settings, guidance: float) -> list[str]:
     rows = {
-        "prediction type": artifact.prediction_type,
-        "time windows": str(artifact.num_time_windows)
-        + (f", boundaries {list(artifact.window_boundaries)}" if artifact.window_boundaries else ""),
-        "steps": artifact.steps_in_words,
+        "prediction type": said.prediction_type,
+        "time windows": str(said.num_time_windows)
+        + (f", boundaries {list(said.window_boundaries)}" if said.window_boundaries else ""),
+        "steps": said.steps_in_words,
         "guidance scale at sampling": str(guidance),
-        "guidance of the teacher in training": str(artifact.solve_guidance),
-        "base": str(artifact.base_model),
-        "base's content hash": str(artifact.base_hash),
-        "licence": str(artifact.licence),
+        "guidance of the teacher in training": str(said.solve_guidance),
+        "base": str(said.base_model),
+        "base's content hash": str(said.base_hash),
+        "licence": str(said.license),
     }
     table = [f"| {key} | {_inline(value)} |" for key, value in rows.items() if value != "None"]
-    recipe = ["", "## Training", "", "```json", json.dumps(dict(artifact.recipe), indent=1), "```"]
-    return ["## Settings", "", "| | |", "|---|---|", *table, *(recipe if artifact.recipe else []), ""]
+    recipe = ["", "## Training", "", "```json", json.dumps(dict(said.recipe), indent=1), "```"]
+    return ["## Settings", "", "| | |", "|---|---|", *table, *(recipe if said.recipe else []), ""]

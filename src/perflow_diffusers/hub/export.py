@@ -41,15 +41,17 @@ def export_pipeline(
     form: Form = "plain",
     *,
     base_model: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     overwrite: bool = False,
+    licence: str | None = None,
 ) -> Path:
     """Save a pipeline with PeRFlow in its weights so that it loads without this package; returns the folder.
 
     `pipe`: after `load_perflow`, or `merge_delta` with a `PeRFlowScheduler`; it stays as it is. "plain": a stock
     DDIM scheduler in `model_index.json`, which is near but not the same (the card says how), and our scheduler's
     configuration beside it, which `set_scheduler(pipe)` reads. "code": our scheduler, with its code in one file of
-    the repository; loading it asks for `trust_remote_code=True`. `base_model`, `licence`: for the card.
+    the repository; loading it asks for `trust_remote_code=True`. `base_model`, `license` (formerly
+    `licence`): for the card.
 
     The folder appears when it is complete. Raises `ArtifactError` if it holds anything (`overwrite=True` replaces an
     earlier export, nothing else), if the pipeline has no `PeRFlowScheduler`, other LoRAs that are not fused, or parts
@@ -78,7 +80,7 @@ def export_pipeline(
         with _merged(pipe):
             drop_empty_wrappers(pipe)
             pipe.save_pretrained(temporary)
-        _finish(pipe, temporary, form, target.name, base_model, licence)
+        _finish(pipe, temporary, form, target.name, base_model, license or licence)
         _replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -112,7 +114,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 def _merged(pipe: Any) -> Iterator[None]:
     """The UNet with an attached PeRFlow LoRA merged into its weights, and attached again afterwards."""
     state = loaded(pipe)
-    if state is None or state.form != "lora":
+    if state is None or not state.attached:
         yield
         return
     lora, unet, name = open_weights(state.artifact.lora_file), find_unet(pipe), state.artifact.name
@@ -128,7 +130,7 @@ def _merged(pipe: Any) -> Iterator[None]:
             rescale_merge(unet, number, name, state.strength.given)
 
 
-def _finish(pipe: Any, folder: Path, form: str, name: str, base_model: str | None, licence: str | None) -> None:
+def _finish(pipe: Any, folder: Path, form: str, name: str, base_model: str | None, license: str | None) -> None:
     """What the scheduler's folder and `model_index.json` say in this form, and the card."""
     ours = folder / "scheduler"
     config = read_json(ours / "scheduler_config.json")
@@ -147,7 +149,7 @@ def _finish(pipe: Any, folder: Path, form: str, name: str, base_model: str | Non
         _forget_origin(path)
     state = loaded(pipe) or companion(pipe)
     artifact = state.artifact if state is not None else None
-    card = _card(pipe, form, name, base_model or (artifact and artifact.base_model), artifact, licence)
+    card = _card(pipe, form, name, base_model or (artifact and artifact.base_model), artifact, license)
     (folder / CARD).write_text(str(card), encoding="utf-8")
 
 
@@ -230,7 +232,7 @@ def _call(pipe: Any, steps: int, guidance: float) -> str:
     return f'{start}image = {call}.images[0]\nimage.save("few-steps.png")'
 
 
-def _card(pipe: Any, form: str, name: str, base: Any, artifact: Any, licence: str | None) -> ModelCard:
+def _card(pipe: Any, form: str, name: str, base: Any, artifact: Any, license: str | None) -> ModelCard:
     steps = artifact.steps if artifact is not None else pipe.scheduler.windows.num_windows
     guidance = artifact.guidance_scale if artifact is not None and artifact.guidance_scale is not None else 1.0
     extra = {"base_model": base, "base_model_relation": "finetune"} if base and base.count("/") == 1 else {}
@@ -238,7 +240,7 @@ def _card(pipe: Any, form: str, name: str, base: Any, artifact: Any, licence: st
         library_name="diffusers",
         pipeline_tag=_task(pipe),
         tags=["diffusers", _task(pipe), "perflow", "few-step"],
-        license=licence or (artifact.licence if artifact is not None else None),
+        license=license or (artifact.license if artifact is not None else None),
         **extra,
     )
     lines = "\n".join(loading(json.dumps(name) + (", trust_remote_code=True" if form == "code" else "")))

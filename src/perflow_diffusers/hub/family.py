@@ -2,21 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.utils import logging
 
 from perflow_diffusers.errors import ArtifactError
 from perflow_diffusers.flow import NoisePath
+from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.network import misfit, relation
 from perflow_diffusers.hub.recognise import published_pipeline, recognised
-from perflow_diffusers.hub.settings import BASE_TYPES, NOISE_FACTS
+from perflow_diffusers.hub.said import BASE_TYPES, NOISE_FACTS
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights.read.live import find_unet
-
-if TYPE_CHECKING:
-    from perflow_diffusers.hub.artifact import PeRFlowArtifact
 
 logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so that its verbosity applies
 
@@ -40,7 +38,7 @@ def check_pipeline(pipe: Any) -> torch.nn.Module:
     return unet
 
 
-def check_family(artifact: "PeRFlowArtifact", pipe: Any, unet: torch.nn.Module, strict: bool) -> None:
+def check_family(artifact: PeRFlowArtifact, pipe: Any, unet: torch.nn.Module, strict: bool) -> None:
     """Refuse a pipeline of another family; strict or not where its own settings may be wrong."""
     wrong = misfit(artifact.network, unet)
     if wrong is not None:
@@ -79,13 +77,13 @@ def check_family(artifact: "PeRFlowArtifact", pipe: Any, unet: torch.nn.Module, 
         )
 
 
-def warn_of_scheduler(artifact: "PeRFlowArtifact", config: Mapping[str, Any]) -> None:
+def warn_of_scheduler(artifact: PeRFlowArtifact, config: Mapping[str, Any]) -> None:
     """Log how a scheduler's configuration differs from that of the base, where nothing is refused."""
     for doubt in scheduler_doubts(artifact, config)[0]:
         logger.warning(f"{artifact.name} may not fit this pipeline: {doubt}.")
 
 
-def scheduler_doubts(artifact: "PeRFlowArtifact", config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def scheduler_doubts(artifact: PeRFlowArtifact, config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """How the noise schedule and the base's prediction differ from those of the accelerator's base, and what of
     the two cannot be told for want of a fact on either side."""
     doubts, unknown = _noise_doubts(artifact.noise, config), []

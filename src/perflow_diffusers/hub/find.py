@@ -10,7 +10,7 @@ import torch
 
 from perflow_diffusers.errors import ArtifactError, Unreachable
 from perflow_diffusers.families.published import Published, published
-from perflow_diffusers.hub.settings import checked, from_metadata, from_scheduler
+from perflow_diffusers.hub.said import Said, checked, from_metadata, from_scheduler
 from perflow_diffusers.io.documents import read_json
 from perflow_diffusers.io.names import Where, pasted
 from perflow_diffusers.io.repository import Repository, cached_folder, download, download_settings, list_repository
@@ -42,11 +42,11 @@ _DECISIVE = ("prediction_type", "num_time_windows", "window_boundaries")
 @shown
 @dataclass(frozen=True)
 class Found:
-    """Checked `fields` of an artefact, its local `sources` by form (a file, or an opened source), and the
-    weights among them, `opened`."""
+    """What an artefact says, its local `sources` by form (a file, or an opened source), and the weights among them,
+    `opened`."""
 
     name: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    said: Said = field(default_factory=Said)
     sources: Mapping[str, Path | WeightSource] = field(default_factory=dict)
     folder: Path | None = None
     opened: Mapping[str, WeightSource] = field(default_factory=dict, repr=False)
@@ -106,13 +106,13 @@ def _is_repository(text: str) -> bool:
 
 def _bare(source: WeightSource, wanted: str, entry: Published | None = None) -> Found:
     """Weights that say all about themselves in their header, or of which the table of published weights knows."""
-    fields = from_metadata({**(entry.metadata if entry else {}), **source.metadata}, source.name)
+    said = from_metadata({**(entry.metadata if entry else {}), **source.metadata}, source.name)
     form = "lora" if source.kind == "lora" else "delta"
     if wanted in ("delta", "lora") and wanted != form:
         raise ArtifactError(f"{source.name} is a {form}, and weights={wanted!r} was asked for. Pass weights='auto'.")
     given: Path | WeightSource = source.files[0] if len(source.files) == 1 and form == "lora" else source
     folder = source.files[0].parent if source.files else None
-    return Found(source.name, fields, {form: given}, folder, {form: source})
+    return Found(source.name, said, {form: given}, folder, {form: source})
 
 
 def from_folder(folder: Path, wanted: str = "auto", variant: str | None = None) -> Found:
@@ -124,16 +124,16 @@ def from_folder(folder: Path, wanted: str = "auto", variant: str | None = None) 
     if variant is not None and SETTINGS in names:
         raise ArtifactError(_NO_VARIANT.format(folder, variant))
     said = documents_of({name: folder / name for name in names})
-    named = said.pop("weights", {})
+    named = said.weights or {}
     if variant is not None:  # then the weights are chosen by it
         found = _bare(open_weights(folder, variant=variant), wanted, published(folder.resolve().name))
-        return replace(found, fields=_agreed(said, dict(found.fields), str(folder)))
+        return replace(found, said=_agreed(said, found.said, str(folder)))
     present = {form: folder / name for form, name in (named or WEIGHTS).items() if (folder / name).is_file()}
-    if wanted == "none" and "prediction_type" not in said:
+    if wanted == "none" and said.prediction_type is None:
         wanted = "auto"  # then only the header of the weights can tell
     if not named and not present and SETTINGS not in names and wanted != "none":
         found = _bare(open_weights(folder), wanted, published(folder.resolve().name))
-        return replace(found, fields=_agreed(said, dict(found.fields), str(folder)))
+        return replace(found, said=_agreed(said, found.said, str(folder)))
     chosen = choose({form: str(path) for form, path in present.items()}, wanted, str(folder))
     return _with_headers(str(folder), said, {form: present[form] for form in chosen}, folder)
 
@@ -159,9 +159,9 @@ def choose(available: Mapping[str, str], wanted: str, where: str) -> list[str]:
     raise ArtifactError(f"{where} has no {' or '.join(order)} (it has {has}). Pass weights='auto'.")
 
 
-def documents_of(paths: Mapping[str, Path]) -> dict[str, Any]:
+def documents_of(paths: Mapping[str, Path]) -> Said:
     """What `perflow.json` and the scheduler's configuration say together."""
-    said: dict[str, Any] = {}
+    said = Said()
     if SETTINGS in paths:
         content = read_json(paths[SETTINGS])
         if "format_version" not in content or "prediction_type" not in content:
@@ -175,18 +175,19 @@ def documents_of(paths: Mapping[str, Path]) -> dict[str, Any]:
     return said
 
 
-def _agreed(said: dict[str, Any], more: dict[str, Any], where: str) -> dict[str, Any]:
+def _agreed(said: Said, more: Said, where: str) -> Said:
     """Both, the first before the second; raises `ArtifactError` if they contradict each other where it matters."""
     for key in _DECISIVE:
-        if key in said and key in more and said[key] != more[key]:
+        first, second = getattr(said, key), getattr(more, key)
+        if first is not None and second is not None and first != second:
             raise ArtifactError(
-                f"{where} says {key}={more[key]!r}, and the rest of the artefact {said[key]!r}. One of them is wrong: "
+                f"{where} says {key}={second!r}, and the rest of the artefact {first!r}. One of them is wrong: "
                 "ask its author, or save the artefact again."
             )
-    return {**more, **said}
+    return said.over(more)
 
 
-def _with_headers(name: str, said: dict[str, Any], paths: dict[str, Path], folder: Path) -> Found:
+def _with_headers(name: str, said: Said, paths: dict[str, Path], folder: Path) -> Found:
     """Add what the headers of the weights say, and check that they agree."""
     opened = {form: open_weights(path) for form, path in paths.items() if form in WEIGHTS}
     for form, source in opened.items():
@@ -210,16 +211,16 @@ def _from_hub(repo_id: str, wanted: str, where: Where) -> Found:
     if where.variant is not None or not known:
         found = _bare(open_weights(repo_id, **vars(where)), wanted)
         said = documents_of(fetch_documents(repository)[0])
-        return replace(found, fields=_agreed(said, dict(found.fields), repository.name))
+        return replace(found, said=_agreed(said, found.said, repository.name))
     paths, repository = fetch_documents(repository)
     said = documents_of(paths)
-    named = said.pop("weights", None) or {k: name for k, name in WEIGHTS.items() if name in repository.sizes}
-    if wanted == "none" and "prediction_type" not in said:
+    named = said.weights or {k: name for k, name in WEIGHTS.items() if name in repository.sizes}
+    if wanted == "none" and said.prediction_type is None:
         wanted = "auto"
     weights = {form: download(repository, named[form]) for form in choose(named, wanted, repository.name)}
     folder = next(iter([*weights.values(), *(path for name, path in paths.items() if "/" not in name)]), Path()).parent
     found = _with_headers(repository.name, said, weights, folder)
-    residual = found.fields.get("residual")
+    residual = found.said.residual
     if residual is not None and "lora" in weights:
         download(repository, residual)
     return found

@@ -24,7 +24,7 @@ from perflow_diffusers.hub.find import (
     find,
 )
 from perflow_diffusers.hub.recognise import PIPELINE_SETTINGS, in_configuration
-from perflow_diffusers.hub.settings import from_metadata, from_scheduler
+from perflow_diffusers.hub.said import from_metadata, from_scheduler
 from perflow_diffusers.io.documents import check_free, copy_file, inside, plain_name, read_json
 from perflow_diffusers.io.names import HubOptions, Where, pasted
 from perflow_diffusers.io.repository import (
@@ -56,19 +56,25 @@ class ArtifactInfo:
     name: str
     artifact: PeRFlowArtifact | None
     sizes: Mapping[str, int]
-    licence: str | None = None
+    license: str | None = None
     note: str = ""
     weights: Mapping[str, WeightsInfo] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shorten(self)
 
+    @property
+    def licence(self) -> str | None:
+        """The former name of `license`."""
+        return self.license
+
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON types: `settings` as in `perflow.json` but for the sample of the base; what is in
         the local files under `weights`, and of a single one beside the rest, too."""
         settings = None if self.artifact is None else self.artifact.settings
         (settings or {}).pop("base_sample", None)
-        said = {"name": self.name, "licence": self.licence, "settings": settings, "sizes": dict(self.sizes)}
+        said = {"name": self.name, "license": self.license, "licence": self.license, "settings": settings}
+        said["sizes"] = dict(self.sizes)
         weights = {name: info.to_dict() for name, info in self.weights.items()}
         own = {**next(iter(weights.values()))} if len(weights) == 1 else {}
         own_settings = own.pop("settings", None)
@@ -84,7 +90,7 @@ class ArtifactInfo:
             facts += next(iter(self.weights.values())).facts
         else:
             lines.append("  says nothing about how its weights were trained")
-        lines += aligned([*facts, ("licence", self.licence or "not said")])
+        lines += aligned([*facts, ("licence", self.license or "not said")])
         width = max(map(len, self.sizes), default=0)
         for name, size in sorted(self.sizes.items()):
             lines.append(f"  {name:{width}}  {size:>15,} bytes")
@@ -95,7 +101,7 @@ class ArtifactInfo:
     def _repr_html_(self) -> str:
         said, only = self.artifact, next(iter(self.weights.values())) if len(self.weights) == 1 else None
         note = {"what": self.note.strip()} if self.note else {}
-        facts = {**note, **({} if said is None else said.facts), "licence": self.licence or "not said"}
+        facts = {**note, **({} if said is None else said.facts), "licence": self.license or "not said"}
         table = html_facts(self.name, facts.items())
         if said is None and only is not None:
             table = only._repr_html_()
@@ -136,7 +142,7 @@ def _local(source: Any, where: Where) -> ArtifactInfo:
         if (folder / INDEX).is_file() and not (folder / SETTINGS).is_file():
             return _local_pipeline(folder, where.variant)
     found = find(source, "all", where)
-    artifact = PeRFlowArtifact.of(found) if "prediction_type" in found.fields else None
+    artifact = PeRFlowArtifact.of(found) if found.said.prediction_type is not None else None
     sizes: dict[str, int] = {}
     weights: dict[str, WeightsInfo] = {}
     for form, given in found.sources.items():
@@ -144,10 +150,10 @@ def _local(source: Any, where: Where) -> ArtifactInfo:
         sizes.update({path.name: path.stat().st_size for path in files})
         if len(files) == 1:
             weights[files[0].name] = replace(describe_weights(found.opened.get(form, given)), name=str(files[0]))
-    if found.folder is not None and found.fields.get("residual"):
-        residual = found.folder / found.fields["residual"]
+    if found.folder is not None and found.said.residual:
+        residual = found.folder / found.said.residual
         sizes.update({residual.name: residual.stat().st_size} if residual.is_file() else {})
-    return ArtifactInfo(str(source), artifact, sizes, artifact.licence if artifact else None, weights=weights)
+    return ArtifactInfo(str(source), artifact, sizes, artifact.license if artifact else None, weights=weights)
 
 
 def _local_pipeline(folder: Path, variant: str | None) -> ArtifactInfo:
@@ -155,7 +161,7 @@ def _local_pipeline(folder: Path, variant: str | None) -> ArtifactInfo:
     sizes = {f"unet/{path.name}": path.stat().st_size for path in sorted((folder / "unet").glob("*.safetensors"))}
     found = _of_pipeline(str(folder), settings, sizes, {"unet": describe_weights(folder, variant=variant)})
     card = folder / CARD
-    return replace(found, licence=found.licence or (_licence_in(card) if card.is_file() else None))
+    return replace(found, license=found.license or (_license_in(card) if card.is_file() else None))
 
 
 def _of_pipeline(
@@ -169,7 +175,7 @@ def _of_pipeline(
         if said is None and (path.name == PIPELINE_SETTINGS or in_configuration(config)):
             said = PeRFlowArtifact.of(Found(name, from_scheduler(config, str(path))))
     what = "a whole pipeline" + (": load it, then `set_scheduler(pipe)`" if said is not None else "")
-    return ArtifactInfo(name, said, sizes, said.licence if said is not None else None, f"  {what}", weights)
+    return ArtifactInfo(name, said, sizes, said.license if said is not None else None, f"  {what}", weights)
 
 
 def _in_words(info: WeightsInfo | None) -> str:
@@ -186,7 +192,7 @@ def _of_table(entry: Published, sizes: Mapping[str, int]) -> ArtifactInfo:
     variant = f", variant {entry.variant}" if entry.variant else ""
     weights = {name: size for name, size in sizes.items() if name.endswith(".safetensors")}
     note = f"  published weights for {entry.family.name}: {what}{variant}"
-    return ArtifactInfo(entry.repo_id, PeRFlowArtifact.from_header(entry.metadata), weights, entry.licence, note)
+    return ArtifactInfo(entry.repo_id, PeRFlowArtifact.from_header(entry.metadata), weights, entry.license, note)
 
 
 def _remote(repository: Repository) -> ArtifactInfo:
@@ -203,24 +209,24 @@ def _remote(repository: Repository) -> ArtifactInfo:
             paths = {PIPELINE_SETTINGS: download_settings(pinned, PIPELINE_SETTINGS), **paths}
         unet = {name: size for name, size in sizes.items() if _UNET.fullmatch(name)}
         found = _of_pipeline(repository.name, paths, unet, {})
-        return replace(found, licence=found.licence or _card_licence(pinned))
+        return replace(found, license=found.license or _card_license(pinned))
     said = documents_of(paths)
-    if "prediction_type" not in said:
+    if said.prediction_type is None:
         for name in WEIGHTS.values():
             if name in sizes:
-                said = {**from_metadata(header(pinned, name), name), **said}
-    artifact = PeRFlowArtifact.of(Found(repository.name, said)) if "prediction_type" in said else None
-    licence = (artifact.licence if artifact is not None else None) or _card_licence(pinned)
-    return ArtifactInfo(repository.name, artifact, sizes, licence)
+                said = said.over(from_metadata(header(pinned, name), name))
+    artifact = PeRFlowArtifact.of(Found(repository.name, said)) if said.prediction_type is not None else None
+    license = (artifact.license if artifact is not None else None) or _card_license(pinned)
+    return ArtifactInfo(repository.name, artifact, sizes, license)
 
 
-def _card_licence(repository: Repository) -> str | None:
+def _card_license(repository: Repository) -> str | None:
     if not 0 < repository.sizes.get(CARD, 0) <= _MAX_CARD_BYTES:
         return None
-    return _licence_in(download(repository, CARD))
+    return _license_in(download(repository, CARD))
 
 
-def _licence_in(card: Path) -> str | None:
+def _license_in(card: Path) -> str | None:
     with card.open(encoding="utf-8", errors="replace") as file:
         text = file.read(_MAX_CARD_BYTES)
     try:
@@ -258,7 +264,7 @@ def pull(
         raise ArtifactError(
             f"'{repository.name}' has no {SETTINGS}: it is no artefact of this package. Use `hf download`."
         )
-    named = documents_of(paths).get("weights", {})
+    named = documents_of(paths).weights or {}
     pictures = [name for name in repository.sizes if name.startswith("images/")]
     names = [SETTINGS, SCHEDULER, CARD, *named.values()]
     names = [name for name in names if name in repository.sizes]

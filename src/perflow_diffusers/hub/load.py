@@ -149,8 +149,7 @@ def _load(
     try:
         if form == "lora":
             why = obstacle(pipe, given, delta)
-            form = "lora" if why is None else "merged lora"
-        if form == "lora":
+        if form == "lora" and why is None:
             _check_shapes(artifact, delta, unet)
             residual = _residual(delta, unet)
             attach(pipe, given, strength)
@@ -168,9 +167,10 @@ def _load(
         for merge in reversed(merges):
             merge.undo()
         raise
-    keep(unet, Loaded(artifact, former, form, strength, tuple(merge.number for merge in merges)))
+    keep(unet, Loaded(artifact, former, form, attached, strength, tuple(merge.number for merge in merges)))
+    how = form if why is None else f"merged {form}"
     note = "" if why is None else f" (not attached: {why})"
-    logger.warning(_summary(artifact, f"{form} x {strength}{note}", scheduler))
+    logger.warning(_summary(artifact, f"{how} x {strength}{note}", scheduler))
     return artifact
 
 
@@ -205,13 +205,13 @@ def unload_perflow(pipe: Any, *, force: bool = False) -> None:
 def _take_out(pipe: Any, unet: torch.nn.Module, state: Loaded, force: bool) -> None:
     """Undo merges and attachment."""
     name = state.artifact.name
-    if state.form == "lora":
+    if state.attached:
         check_detachable(pipe)
     for number in reversed(state.merges):
         # None and what was pickled are there to say that they cannot be undone; what is gone was undone by hand.
         if number is None or is_lost(unet, number) or layer_of(unet, number) is not None:
             undo_merge(unet, number, name, force=force)
-    if state.form == "lora":
+    if state.attached:
         detach(pipe)
 
 
@@ -233,11 +233,11 @@ def set_perflow_scale(pipe: Any, scale: Scale) -> None:
     if state is None:
         raise ArtifactError("Nothing is loaded into this pipeline by `load_perflow`, so there is no strength to set.")
     strength = _strength(scale, unet)
-    if state.form == "lora":
+    if state.attached:
         check_adapter(unet)
     for number in state.merges:
         rescale_merge(unet, number, state.artifact.name, strength)
-    if state.form == "lora":
+    if state.attached:
         activate(unet, strength)
     keep(unet, replace(state, strength=strength))
 

@@ -33,13 +33,14 @@ def push_perflow(
     folder: str | os.PathLike,
     repo_id: str,
     *,
-    licence: str | None = None,
+    license: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
     token: str | bool | None = None,
     exist_ok: bool = True,
+    licence: str | None = None,
 ) -> str:
     """Create the repository if it does not exist and upload an artefact's folder, or a pipeline's.
 
@@ -47,13 +48,13 @@ def push_perflow(
     `save_pretrained`; the latter gets a card if it has none.
 
     One commit, on `revision` (a branch; created if missing) or as a pull request. Only files that belong to it are
-    uploaded. The card's snippet is made to load `repo_id`, and the licence is filled in: `licence`,
-    what the artefact says, or the base model's own. Returns the address of the commit or pull request.
+    uploaded. The card's snippet is made to load `repo_id`, and the licence is filled in: `license` (formerly
+    `licence`), what the artefact says, or the base model's own. Returns the address of the commit or pull request.
 
     Raises `PushError` (a ValueError) for what `plan_push` refuses, if nobody is logged in, or if the Hub refuses.
     The token goes to huggingface_hub only.
     """
-    plan = plan_push(folder, repo_id, licence=licence, revision=revision, token=token)
+    plan = plan_push(folder, repo_id, license=license or licence, revision=revision, token=token)
     repo_id, revision = plan.repo_id, plan.revision
     if not plan.has_token:
         raise PushError(f"'{repo_id}' was not published: {NO_TOKEN}")
@@ -89,7 +90,7 @@ class PushPlan:
         shorten(self)
 
     @property
-    def licence(self) -> str:
+    def license(self) -> str:
         """The licence that the card names."""
         return str(self.card.data.to_dict()["license"])
 
@@ -98,14 +99,14 @@ class PushPlan:
         sizes[CARD] = len(str(self.card).encode())
         width = max(map(len, sizes))
         lines = [f"  {name:{width}}  {size:>15,} bytes" for name, size in sorted(sizes.items())]
-        return "\n".join([f"{self.folder} as {self.repo_id}, licence {self.licence}:", *lines])
+        return "\n".join([f"{self.folder} as {self.repo_id}, licence {self.license}:", *lines])
 
 
 def plan_push(
     folder: str | os.PathLike,
     repo_id: str,
     *,
-    licence: str | None = None,
+    license: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> PushPlan:
@@ -130,7 +131,7 @@ def plan_push(
     except hub.errors.HFValidationError as error:
         raise PushError(f"{repo_id!r} is no name of a repository ({error}). Expected 'owner/name'.") from None
     files = _files(path)
-    card = _card(path, repo_id, licence, hub.HfApi(token=token, library_name="perflow-diffusers"))
+    card = _card(path, repo_id, license, hub.HfApi(token=token, library_name="perflow-diffusers"))
     known = bool(token) if token is False or isinstance(token, str) else hub.get_token() is not None
     return PushPlan(path, repo_id, tuple(files), card, known, place.revision)
 
@@ -156,7 +157,7 @@ def _files(folder: Path) -> list[str]:
         named = read_json(folder / SETTINGS).get("weights", {})
         names = [SETTINGS, "scheduler/scheduler_config.json", CARD, *sorted(set(named.values()))]
         names += [f"images/{p.name}" for p in sorted(folder.glob("images/*")) if p.suffix in _PICTURES]
-        if "prediction_type" not in found.fields:
+        if found.said.prediction_type is None:
             raise PushError(f"{folder} does not say how its weights were trained. Save the artefact again.")
     missing = [name for name in names if not (folder / name).is_file() and name not in made]
     if missing:
@@ -172,7 +173,7 @@ def name_in(folder: PurePath, path: PurePath) -> str:
     return path.relative_to(folder).as_posix()
 
 
-def _card(folder: Path, repo_id: str, licence: str | None, api: hub.HfApi) -> hub.ModelCard:
+def _card(folder: Path, repo_id: str, license: str | None, api: hub.HfApi) -> hub.ModelCard:
     """The folder's card under its new name, with a licence."""
     path = folder / CARD
     try:
@@ -186,17 +187,17 @@ def _card(folder: Path, repo_id: str, licence: str | None, api: hub.HfApi) -> hu
     except ArtifactError as error:
         raise PushError(str(error)) from None
     said = card.data.to_dict()
-    given = (licence or "").strip() or said.get("license") or _base_licence(said.get("base_model"), api)
+    given = (license or "").strip() or said.get("license") or _base_license(said.get("base_model"), api)
     if not given:
         raise PushError(
-            f"The card of {folder} names no licence, and its base's is not known. Pass licence='...', at the terminal "
-            "--licence (the base's own, e.g. creativeml-openrail-m; weights made from cc-by-nc-4.0 ones stay so)."
+            f"The card of {folder} names no licence, and its base's is not known. Pass license='...', at the terminal "
+            "--license (the base's own, e.g. creativeml-openrail-m; weights made from cc-by-nc-4.0 ones stay so)."
         )
     card.data["license"] = given
     return card
 
 
-def _base_licence(base: Any, api: hub.HfApi) -> str | None:
+def _base_license(base: Any, api: hub.HfApi) -> str | None:
     """The licence of the base model's card, if the Hub tells."""
     if not isinstance(base, str) or "/" not in base:
         return None

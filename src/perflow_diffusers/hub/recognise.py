@@ -10,7 +10,7 @@ from perflow_diffusers.families.published import Published, published
 from perflow_diffusers.flow import PREDICTION_TYPES
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.find import Found
-from perflow_diffusers.hub.settings import from_scheduler
+from perflow_diffusers.hub.said import from_scheduler
 from perflow_diffusers.io.documents import read_json
 from perflow_diffusers.io.names import Where
 from perflow_diffusers.io.repository import cached_folder, download_settings, list_repository

@@ -1,227 +1,114 @@
-"""From what files say to checked values: headers (str -> str), `perflow.json`, and scheduler configurations."""
+"""How an accelerator was trained and is to be used, without its files: `Settings`."""
 
 import json
-import math
-import re
 from collections.abc import Mapping
-from itertools import pairwise
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from perflow_diffusers.errors import ArtifactError
-from perflow_diffusers.flow import PREDICTION_TYPES
-from perflow_diffusers.io.documents import parse_json, plain_name
-
-#: Of `perflow.json`; a higher one is refused.
-FORMAT_VERSION = 1
-#: What a base network may predict, in the words of diffusers' schedulers.
-BASE_TYPES = ("epsilon", "sample", "v_prediction")
-#: A scheduler's facts about the base's noise, which a pipeline must share for its accelerator to fit.
-NOISE_FACTS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "rescale_betas_zero_snr",
-    "trained_betas",
-)
-
-_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-_ENDS = {"t_noise": 1.0, "t_clean": 0.0}
-_MAX_TIMESTEPS, _MAX_WINDOWS, _MAX_STEPS, _MAX_TEXT = 100_000, 1000, 64, 500
-_FORMATS = re.compile(r"(delta|delta-int8|lora|delta-residual)-(\d{1,9})")
-_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+from perflow_diffusers.hub.said import expectation
+from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
+from perflow_diffusers.words.shown import LongDict, shorten
 
 
-def from_metadata(header: Mapping[str, str], where: str) -> dict[str, Any]:
-    """Fields of an artefact as the header of a delta or LoRA gives them; `where` names it in errors."""
-    _check_format(header.get("perflow_format"), where)
-    texts = ("prediction_type", "base_model", "base_hash", "licence", "base_prediction_type", "perflow_residual")
-    content: dict[str, Any] = {key: header[key] for key in texts if header.get(key)}
-    others: tuple[str, ...] = (
-        "num_time_windows",
-        "window_boundaries",
-        "recommended_steps",
-        "recommended_guidance_scale",
-    )
-    others += ("guidance_scale", "network", "base_sample", "noise", "recipe", "format_version", "t_noise", "t_clean")
-    wanted = {key: header[key] for key in others if key in header}
-    try:
-        content.update({key: json.loads(text) for key, text in wanted.items() if len(text) < 1 << 20})
-        parse_json(json.dumps(content), where)  # the same limits: depth, NaN
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"The header of {where} is not usable ({error}). Download it again.") from error
-    return checked(content, f"the header of {where}")
+@dataclass(frozen=True, repr=False)
+class Settings:
+    """What `perflow.json`, a header and a card say of an accelerator; the fields are those of `PeRFlowArtifact`.
 
-
-def _check_format(name: Any, where: str) -> None:
-    if name is None:
-        return
-    match = _FORMATS.fullmatch(str(name))
-    if match is None or int(match[2]) > 1:
-        raise ArtifactError(
-            f"{where} has the format {str(name)[:40]!r}; this version knows delta-1, delta-int8-1 and lora-1. Upgrade "
-            "perflow-diffusers, or ask its author for an older format."
-        )
-
-
-def from_scheduler(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Fields of an artefact as a configuration of `PeRFlowScheduler` gives them, of any age.
-
-    Before `perflow_type` existed, `prediction_type` said how the PeRFlow weights were trained, and "epsilon" in it
-    meant "diff_eps".
+    Raises `ArtifactError` for settings out of their limits.
     """
-    given, kind = config.get("prediction_type"), config.get("perflow_type")
-    ours = config.get("_class_name") == "PeRFlowScheduler"
-    if kind is None and (given in PREDICTION_TYPES or (ours and given == "epsilon")):
-        kind, given = "diff_eps" if given == "epsilon" else given, None
-    if kind is None:
-        raise ArtifactError(
-            f"{where} says nothing about how PeRFlow weights were trained (prediction_type={given!r:.50}, no "
-            f"perflow_type). Expected one of {', '.join(PREDICTION_TYPES)}."
-        )
-    noise = {key: config[key] for key in NOISE_FACTS if key in config}
-    if not isinstance(noise.get("trained_betas"), list):
-        noise.pop("trained_betas", None)
-    content = {
-        "prediction_type": kind,
-        "base_prediction_type": given,
-        "noise": noise,
-        **{key: config.get(key) for key in ("num_time_windows", "window_boundaries")},
-        **{key: config.get(key) for key, usual in _ENDS.items() if config.get(key) != usual},
-    }
-    return checked({key: value for key, value in content.items() if value is not None}, where)
 
+    prediction_type: str
+    num_time_windows: int = 4
+    window_boundaries: tuple[int, ...] | None = None
+    recommended_steps: tuple[int, ...] = ()
+    guidance_scale: float | None = None
+    solve_guidance: float | None = None
+    base_model: str | None = None
+    base_hash: str | None = None
+    base_prediction_type: str | None = None
+    license: str | None = None
+    t_noise: float | None = None
+    t_clean: float | None = None
+    network: Mapping[str, Any] = field(default_factory=dict)
+    base_sample: Mapping[str, Any] = field(default_factory=dict)
+    noise: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
-def checked(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The known keys of `content`, each within its limits; unknown keys are left out. Raises `ArtifactError`."""
-    version = content.get("format_version", FORMAT_VERSION)
-    if not _integer(version, 1, 10**9):
-        raise _wrong(where, "format_version", version, "1")
-    if version > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{where} has format version {version}; this version of perflow-diffusers reads up to {FORMAT_VERSION}. "
-            "Install a newer one."
-        )
-    fields: dict[str, Any] = {}
-    for key, (test, expected) in _RULES.items():
-        value = content.get(key)
-        if value is None:
-            continue
-        if not test(value):
-            raise _wrong(where, key, value, expected)
-        fields[key] = tuple(value) if isinstance(value, list) else value
-    _check_boundaries(fields, where)
-    if "noise" in fields:
-        fields["noise"] = _checked_noise(fields["noise"], where)
-    if "weights" in content:
-        fields["weights"] = _checked_files(content["weights"], where)
-    if "perflow_residual" in content:
-        fields["residual"] = plain_name(content["perflow_residual"], where)
-    return fields
+    def __post_init__(self) -> None:
+        for name in (one.name for one in fields(self)):
+            value = getattr(self, name)
+            stored = "recommended_guidance_scale" if name == "guidance_scale" else name
+            expected = expectation(stored, value) if value != () else None
+            if expected is not None:
+                raise ArtifactError(f"PeRFlowArtifact({name}={value!r:.80}); expected {expected}.")
+        shorten(self)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What people want to know, by its name in words, as far as it is said."""
+        boundaries = f", boundaries {list(self.window_boundaries)}" if self.window_boundaries else ""
+        rows = {
+            "prediction type": self.prediction_type,
+            "time windows": f"{self.num_time_windows}{boundaries}",
+            "recommended steps": self.steps_in_words,
+            "recommended guidance": self.guidance_scale,
+            "guidance in training": self.solve_guidance,
+            "base": self.base_model,
+            "base hash": self.base_hash,
+            "base predicts": self.base_prediction_type,
+            "network": ", ".join(f"{key} {value}" for key, value in self.network.items()) or None,
+        }
+        return LongDict({name: value for name, value in rows.items() if value is not None})
 
-def _wrong(where: str, key: str, value: Any, expected: str) -> ArtifactError:
-    shown = repr(value)
-    return ArtifactError(f"{where} has {key}={shown[:80]}; expected {expected}. Do not use it, or ask its author.")
+    @property
+    def steps_in_words(self) -> str:
+        """The recommended numbers of steps: "4 or 8"."""
+        return " or ".join(map(str, self.recommended_steps or (self.steps,)))
 
+    @property
+    def steps(self) -> int:
+        """Steps to sample with: the first recommended number, or one a window."""
+        return self.recommended_steps[0] if self.recommended_steps else self.num_time_windows
 
-def _integer(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All of it that is not a file, as `perflow.json` holds it (JSON types)."""
+        content = {
+            "prediction_type": self.prediction_type,
+            "num_time_windows": self.num_time_windows,
+            "window_boundaries": list(self.window_boundaries) if self.window_boundaries else None,
+            "recommended_steps": list(self.recommended_steps) or None,
+            "recommended_guidance_scale": self.guidance_scale,
+            "solve_guidance": self.solve_guidance,
+            "base_model": self.base_model,
+            "base_hash": self.base_hash,
+            "base_prediction_type": self.base_prediction_type,
+            "license": self.license,
+            "t_noise": self.t_noise,
+            "t_clean": self.t_clean,
+            "network": dict(self.network) or None,
+            "base_sample": dict(self.base_sample) or None,
+            "noise": dict(self.noise) or None,
+            "recipe": dict(self.recipe) or None,
+        }
+        return LongDict({key: value for key, value in content.items() if value is not None})
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The same for the header of a safetensors file (str -> str, others as JSON)."""
+        said = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in self.settings.items()}
+        return LongDict(said)
 
-def _number(value: Any, low: float, high: float) -> bool:
-    fine = isinstance(value, int | float) and not isinstance(value, bool)
-    return fine and math.isfinite(value) and low <= value <= high
+    def make_scheduler(self, config: Any) -> PeRFlowScheduler:
+        """PeRFlow's scheduler for these weights, from the configuration of the pipeline's own scheduler.
 
-
-def _integers(value: Any, count: int, low: int, high: int) -> bool:
-    fine = isinstance(value, list | tuple) and 1 <= len(value) <= count
-    return fine and all(_integer(item, low, high) for item in value)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= _MAX_TEXT and value.isprintable()
-
-
-def _samples(value: Any) -> bool:
-    fine = isinstance(value, dict) and len(value) <= 64
-    return (
-        fine
-        and all(_text(k) and isinstance(v, list) and len(v) <= 256 for k, v in value.items())
-        and all(_number(item, -1e30, 1e30) for numbers in value.values() for item in numbers)
-    )
-
-
-def _object(value: Any) -> bool:
-    return isinstance(value, dict) and len(value) <= 500
-
-
-_RULES: dict[str, tuple[Any, str]] = {
-    "prediction_type": (lambda v: v in tuple(PREDICTION_TYPES), f"one of {', '.join(PREDICTION_TYPES)}"),
-    "base_prediction_type": (lambda v: v in BASE_TYPES, f"one of {', '.join(BASE_TYPES)}"),
-    "num_time_windows": (lambda v: _integer(v, 1, _MAX_WINDOWS), f"an integer from 1 to {_MAX_WINDOWS}"),
-    "window_boundaries": (
-        lambda v: _integers(v, _MAX_WINDOWS + 1, 0, _MAX_TIMESTEPS) and len(v) >= 2,
-        f"a list of 2 to {_MAX_WINDOWS + 1} falling integers",
-    ),
-    "t_noise": (lambda v: _number(v, 0, 1), "a number from 0 to 1"),
-    "t_clean": (lambda v: _number(v, 0, 1), "a number from 0 to 1"),
-    "recommended_steps": (
-        lambda v: _integers(v, _MAX_STEPS, 1, 1000),
-        f"a list of at most {_MAX_STEPS} integers from 1 to 1000",
-    ),
-    "recommended_guidance_scale": (lambda v: _number(v, 0, 100), "a number from 0 to 100"),
-    "guidance_scale": (lambda v: _number(v, 0, 100), "a number from 0 to 100"),
-    "base_model": (_text, f"a name of at most {_MAX_TEXT} printable characters"),
-    "base_hash": (lambda v: isinstance(v, str) and _HASH.fullmatch(v), "sha256: and 64 hexadecimal digits"),
-    "licence": (_text, f"a name of at most {_MAX_TEXT} printable characters"),
-    "network": (_object, "an object"),
-    "base_sample": (_samples, "an object of at most 64 short lists of numbers"),
-    "noise": (_object, "an object"),
-    "recipe": (_object, "an object"),
-}
-
-
-def expectation(key: str, value: Any) -> str | None:
-    """What is expected of a setting whose value is out of its limits; None for what is fine, missing or unknown."""
-    test, expected = _RULES.get(key, (None, ""))
-    return None if test is None or value is None or test(value) else expected
-
-
-def _check_boundaries(fields: dict[str, Any], where: str) -> None:
-    """Boundaries fall, and their number is that of the windows."""
-    given = fields.get("window_boundaries")
-    if given is None:
-        return
-    if any(a <= b for a, b in pairwise(given)):
-        raise _wrong(where, "window_boundaries", list(given), "strictly falling integers")
-    if fields.setdefault("num_time_windows", len(given) - 1) != len(given) - 1:
-        raise _wrong(where, "num_time_windows", fields["num_time_windows"], f"{len(given) - 1}, as the boundaries say")
-
-
-def _checked_noise(noise: Mapping[str, Any], where: str) -> dict[str, Any]:
-    rules: dict[str, tuple[Any, str]] = {
-        "num_train_timesteps": (
-            lambda v: _integer(v, 1, _MAX_TIMESTEPS),
-            f"an integer from 1 to {_MAX_TIMESTEPS}",
-        ),
-        "beta_start": (lambda v: _number(v, 0, 1), "a number from 0 to 1"),
-        "beta_end": (lambda v: _number(v, 0, 1), "a number from 0 to 1"),
-        "beta_schedule": (lambda v: v in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
-        "rescale_betas_zero_snr": (lambda v: isinstance(v, bool), "true or false"),
-        "trained_betas": (
-            lambda v: isinstance(v, list | tuple) and len(v) <= _MAX_TIMESTEPS and all(_number(b, 0, 1) for b in v),
-            f"a list of at most {_MAX_TIMESTEPS} numbers from 0 to 1",
-        ),
-    }
-    for key, (test, expected) in rules.items():
-        if noise.get(key) is not None and not test(noise[key]):
-            raise _wrong(where, key, noise[key], expected)
-    return {key: noise[key] for key in rules if noise.get(key) is not None}
-
-
-def _checked_files(weights: Any, where: str) -> dict[str, str]:
-    known = ("delta", "lora", "kohya", "residual")
-    if not isinstance(weights, dict) or not weights or any(key not in known for key in weights):
-        raise _wrong(where, "weights", weights, f"an object with some of the keys {', '.join(known)}")
-    return {key: plain_name(name, where) for key, name in weights.items()}
+        Raises ValueError if the noise schedule does not allow the prediction type.
+        """
+        options: dict[str, Any] = {"num_time_windows": self.num_time_windows}
+        if self.window_boundaries is not None:
+            options["window_boundaries"] = list(self.window_boundaries)
+        for key in ("t_noise", "t_clean"):
+            if getattr(self, key) is not None:
+                options[key] = getattr(self, key)
+        return PeRFlowScheduler.from_config(config, prediction_type=self.prediction_type, **options)

@@ -7,7 +7,7 @@ import copy
 import warnings
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -15,13 +15,11 @@ from diffusers.utils import logging
 from perflow_diffusers.errors import MergeError
 from perflow_diffusers.hub import guidance
 from perflow_diffusers.hub.adapters import faulty_adapter
+from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.weights.merge.layers import is_lost, layer_of
 from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.weights.scales import Strength
 from perflow_diffusers.words.shown import shown
-
-if TYPE_CHECKING:
-    from perflow_diffusers.hub.artifact import PeRFlowArtifact
 
 logger = logging.get_logger("diffusers.perflow")  # below diffusers' own, so that its verbosity applies
 
@@ -35,14 +33,15 @@ _RELOAD = "`unload_perflow(pipe)` puts the former scheduler back; then load the 
 class Loaded:
     """An accelerator in a UNet, on which this is kept.
 
-    `form`: "delta", "lora" (attached) or "merged lora". `strength`: its strength, in all or in each block. `merges`:
-    numbers of the merges of the UNet that belong to it, None for one that cannot be undone. `former`: the scheduler
-    before PeRFlow's.
+    `form`: "delta" or "lora"; `attached`: whether it is an adapter, rather than merged. `strength`: its strength, in
+    all or in each block. `merges`: numbers of the merges of the UNet that belong to it, None for one that cannot be
+    undone. `former`: the scheduler before PeRFlow's.
     """
 
-    artifact: "PeRFlowArtifact"
+    artifact: PeRFlowArtifact
     former: Any
     form: str
+    attached: bool
     strength: Strength
     merges: tuple[int | None, ...]
 
@@ -56,7 +55,7 @@ class Companion:
     of the pipeline it watches the copy; copied with the scheduler alone, or pickled, it watches no other pipeline.
     """
 
-    def __init__(self, artifact: "PeRFlowArtifact", former: Any, pipe: Any, *, weights: bool) -> None:
+    def __init__(self, artifact: PeRFlowArtifact, former: Any, pipe: Any, *, weights: bool) -> None:
         self.artifact, self.former, self.weights = artifact, former, weights
         self._said: str | None = None
         self._noticed = artifact.guidance_scale is None  # guidance
@@ -162,7 +161,7 @@ def faulty(unet: torch.nn.Module) -> str | None:
         if layer is not None
         for edit in layer.plan.edits
     )
-    if state.form == "lora":
+    if state.attached:
         return faulty_adapter(unet, state.strength, pairs)
     if layers and not any(strength for strength, _ in pairs):
         return "their strength is 0. `set_perflow_scale(pipe, 1.0)` switches them on."

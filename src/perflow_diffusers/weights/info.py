@@ -35,7 +35,9 @@ SETTINGS = (
     "base_hash",
     "base_rounded",
     "base_model",
+    "license",
     "licence",
+    "solve_guidance",
     "perflow_residual",
 )
 
