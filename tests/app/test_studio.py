@@ -11,8 +11,9 @@ from PIL import Image
 
 from perflow_diffusers import PeRFlowScheduler, load_miniature
 from perflow_diffusers.app.code import as_python
+from perflow_diffusers.app.drawing import Interrupted
 from perflow_diffusers.app.settings import SAME, Settings, SettingsError
-from perflow_diffusers.app.studio import Interrupted, Studio
+from perflow_diffusers.app.studio import Studio
 from perflow_diffusers.schedulers.stock import stock_scheduler
 
 PROMPT = "a happy person with red hair and glasses"
