@@ -78,11 +78,11 @@ def test_an_ideal_student_lands_on_the_closed_form(path, name, windows):
             assert torch.allclose(landed, world.flow(z, 1000, boundary), atol=atol, rtol=0)
 
 
-def test_a_step_over_merged_windows_is_the_step_of_the_wide_window():
+def test_a_step_over_joined_windows_is_the_step_of_the_wide_window():
     world = GaussianWorld(SD)
     windows = WINDOWS["uniform"]
-    for n, merge in ((1, "noisy"), (2, "noisy"), (3, "noisy"), (3, "clean")):
-        landed = sample(world, windows, "ddim_eps", draw(), windows.grid(n, merge))
+    for n, join in ((1, "noisy"), (2, "noisy"), (3, "noisy"), (3, "clean")):
+        landed = sample(world, windows, "ddim_eps", draw(), windows.grid(n, join))
         assert torch.allclose(landed, world.flow(draw(), 1000, 0), atol=2e-13, rtol=0)
 
 

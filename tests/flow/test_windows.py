@@ -48,7 +48,7 @@ def test_grid_falls_through_every_boundary(windows):
 
 
 @pytest.mark.parametrize(
-    ("k", "n", "merge", "grid"),
+    ("k", "n", "join", "grid"),
     [
         (4, 3, "noisy", [1000, 500, 250, 0]),
         (4, 3, "clean", [1000, 750, 500, 0]),
@@ -59,8 +59,8 @@ def test_grid_falls_through_every_boundary(windows):
         (8, 3, "clean", [1000, 750, 375, 0]),
     ],
 )
-def test_fewer_steps_than_windows_merge_them(k, n, merge, grid):
-    assert Windows.uniform(k, 1000).grid(n, merge) == grid
+def test_fewer_steps_than_windows_join_them(k, n, join, grid):
+    assert Windows.uniform(k, 1000).grid(n, join) == grid
 
 
 def test_window_of_every_timestep():
@@ -108,7 +108,7 @@ def test_every_step_of_a_grid_stays_in_one_window():
         (lambda: Windows.uniform(11, 10), "11 windows between"),
         (lambda: UNEVEN.grid(0), "0 sampling steps; expected at least 1"),
         (lambda: UNEVEN.grid(125), "only 30 timesteps"),
-        (lambda: UNEVEN.grid(3, "middle"), "`merge='middle'`"),
+        (lambda: UNEVEN.grid(3, "middle"), "`join='middle'`"),
         (lambda: UNEVEN.span(500, 500), "expected a falling one"),
         (lambda: UNEVEN.span(1001, 500), "expected a falling one"),
         (lambda: UNEVEN.of(1001), "expected 0 to 1000"),

@@ -1,21 +1,28 @@
 """The mathematics of PeRFlow: noise paths, windows, the chord inside a window and ODE solvers; torch only, no I/O."""
 
-from .chord import PREDICTION_TYPES, clean_estimate, coefficients, euler, interpolate, marginal, target
+from .base import BASE_TYPES, NOISE_FACTS, Base, base_of, noise_facts
+from .chord import PREDICTION_TYPES, PredictionType, clean_estimate, coefficients, euler, interpolate, marginal, target
 from .path import BASE_PREDICTIONS, NoisePath
 from .solver import METHODS, solve
 from .windows import Windows
 
 __all__ = [
     "BASE_PREDICTIONS",
+    "BASE_TYPES",
     "METHODS",
+    "NOISE_FACTS",
     "PREDICTION_TYPES",
+    "Base",
     "NoisePath",
+    "PredictionType",
     "Windows",
+    "base_of",
     "clean_estimate",
     "coefficients",
     "euler",
     "interpolate",
     "marginal",
+    "noise_facts",
     "solve",
     "target",
 ]

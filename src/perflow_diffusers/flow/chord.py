@@ -9,6 +9,7 @@ Timesteps are integers or int64 tensors (B,); coefficients come back as float64 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,16 +38,32 @@ def _velocity(path: NoisePath, start: Index, end: Index) -> tuple[Tensor, Tensor
     return torch.ones_like(eta), eta
 
 
-PREDICTION_TYPES: dict[str, Callable[[NoisePath, Index, Index], tuple[Tensor, Tensor]]] = {
-    "ddim_eps": _ddim_eps,
-    "diff_eps": _diff_eps,
-    "velocity": _velocity,
+@dataclass(frozen=True)
+class PredictionType:
+    """All that is to be known of one way of training PeRFlow weights.
+
+    Fields: `coefficients`, (path, start, end) -> (lambda, eta). `base_prediction`, what such a network predicts in the
+    words of diffusers' `prediction_type`, for other samplers; None where they have no word for it. `is_ddim`, whether
+    its step over a whole window is a DDIM step. `zero_snr`, whether it is defined at a timestep without any data.
+    """
+
+    coefficients: Callable[[NoisePath, Index, Index], tuple[Tensor, Tensor]]
+    base_prediction: str | None
+    is_ddim: bool = False
+    zero_snr: bool = False
+
+
+PREDICTION_TYPES: dict[str, PredictionType] = {
+    "ddim_eps": PredictionType(_ddim_eps, base_prediction="epsilon", is_ddim=True),
+    "diff_eps": PredictionType(_diff_eps, base_prediction="epsilon"),
+    "velocity": PredictionType(_velocity, base_prediction=None, zero_snr=True),
 }
 
 
 def check_prediction_type(prediction_type: str | None, path: NoisePath | None = None) -> None:
     """Raise ValueError unless `prediction_type` is one of PREDICTION_TYPES and defined on `path`."""
-    if prediction_type not in PREDICTION_TYPES:
+    row = PREDICTION_TYPES.get(prediction_type or "")
+    if row is None:
         given = f"`prediction_type={prediction_type!r}`"
         if prediction_type is None:
             given = "`prediction_type` was not given: how were the PeRFlow weights trained?"
@@ -58,10 +75,11 @@ def check_prediction_type(prediction_type: str | None, path: NoisePath | None = 
             f"{given} Pass one of {', '.join(PREDICTION_TYPES)} (see the weights' card, or `perflow info FILE`; "
             "PeRFlow cards older than April 2024 say epsilon and mean diff_eps)."
         )
-    if path is not None and path.zero_terminal_snr and prediction_type != "velocity":
+    if path is not None and path.zero_terminal_snr and not row.zero_snr:
+        defined = " or ".join(name for name, other in PREDICTION_TYPES.items() if other.zero_snr)
         raise ValueError(
             f"`prediction_type={prediction_type!r}` is not defined on a noise schedule with zero terminal SNR (lambda "
-            "is infinite at timestep N). Use velocity, or a schedule that keeps some signal "
+            f"is infinite at timestep N). Use {defined}, or a schedule that keeps some signal "
             "(`rescale_betas_zero_snr=False`)."
         )
 
@@ -69,7 +87,7 @@ def check_prediction_type(prediction_type: str | None, path: NoisePath | None = 
 def coefficients(path: NoisePath, prediction_type: str, start: Index, end: Index) -> tuple[Tensor, Tensor]:
     """(lambda, eta) of a window for one of PREDICTION_TYPES: `z_e = lambda z_s + eta out`."""
     check_prediction_type(prediction_type, path)
-    return PREDICTION_TYPES[prediction_type](path, start, end)
+    return PREDICTION_TYPES[prediction_type].coefficients(path, start, end)
 
 
 def euler(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 # Which end of the path gives up a boundary first when there are fewer steps than windows: "noisy" or "clean". Measured
 # (benchmarks/sampling_choices.py): the flow amplifies an early error, so noisy windows keep a step of their own.
-MERGE = "clean"
+JOIN = "clean"
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,21 @@ class Windows:
         """K."""
         return len(self.boundaries) - 1
 
-    def grid(self, n: int, merge: str = MERGE) -> list[int]:
+    def grid(self, n: int, join: str = JOIN) -> list[int]:
         """The n + 1 falling timesteps of an n-step run, the first `boundaries[0]`, the last `boundaries[-1]`.
 
         n >= K: n // K steps a window, one more in the first (noisy) n % K windows, equally spaced from the window's
         start and rounded down, so every boundary is on the grid (the published rule, without its rounding errors).
-        n < K: the windows are merged into n of K // n windows each; the K % n that are left over go to the noisiest or
-        cleanest ones (`merge`: "noisy" or "clean"), one each, so that every step still crosses whole windows.
+        n < K: the windows are joined into n of K // n windows each; the K % n that are left over go to the noisiest or
+        cleanest ones (`join`: "noisy" or "clean"), one each, so that every step still crosses whole windows.
         Raises ValueError for n < 1 and where a window has fewer timesteps than steps.
         """
         if n < 1:
             raise ValueError(f"{n} sampling steps; expected at least 1.")
-        if merge not in ("noisy", "clean"):
-            raise ValueError(f"`merge={merge!r}`; expected 'noisy' or 'clean'.")
+        if join not in ("noisy", "clean"):
+            raise ValueError(f"`join={join!r}`; expected 'noisy' or 'clean'.")
         if n < self.num_windows:
-            return self._merged(n, merge)
+            return self._joined(n, join)
         points: list[int] = []
         for i, (start, end) in enumerate(pairwise(self.boundaries)):
             steps = n // self.num_windows + (i < n % self.num_windows)
@@ -89,11 +89,11 @@ class Windows:
             points += _even(start, end, steps)[:-1]
         return [*points, self.boundaries[-1]]
 
-    def _merged(self, n: int, merge: str) -> list[int]:
+    def _joined(self, n: int, join: str) -> list[int]:
         size, rest = divmod(self.num_windows, n)
         sizes = [size + 1] * rest + [size] * (n - rest)
         points = [0]
-        for width in sizes if merge == "noisy" else reversed(sizes):
+        for width in sizes if join == "noisy" else reversed(sizes):
             points.append(points[-1] + width)
         return [self.boundaries[i] for i in points]
 

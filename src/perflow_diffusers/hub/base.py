@@ -8,8 +8,8 @@ from typing import Any
 
 import diffusers
 
+from perflow_diffusers.flow import BASE_TYPES, noise_facts
 from perflow_diffusers.hub.network import sample_base, signature
-from perflow_diffusers.hub.said import BASE_TYPES, NOISE_FACTS
 from perflow_diffusers.io.documents import read_json
 from perflow_diffusers.weights.merge.layers import before_merges
 from perflow_diffusers.weights.read.live import find_unet
@@ -50,7 +50,7 @@ def scheduler_config(base: Any) -> dict[str, Any]:
 
 def scheduler_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields `noise` and `base_prediction_type`, as far as a complete scheduler configuration has them."""
-    noise = {key: config[key] for key in NOISE_FACTS if config.get(key) is not None}
+    noise = noise_facts(config)
     if "trained_betas" in noise:
         noise["trained_betas"] = [float(beta) for beta in noise["trained_betas"]]
     facts: dict[str, Any] = {"noise": noise} if noise else {}

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from huggingface_hub import ModelCard, ModelCardData
 
 from perflow_diffusers.errors import ArtifactError
+from perflow_diffusers.flow import PREDICTION_TYPES
 from perflow_diffusers.hub.adapters import attach, detach, drop_empty_wrappers, other_adapters
 from perflow_diffusers.hub.bundle import MODULE, scheduler_source
 from perflow_diffusers.hub.card import INSTALL_NOTE, PAPER, loading
@@ -194,12 +195,19 @@ import perflow_diffusers as pf
 pf.set_scheduler(pipe)
 ```
 """
-_DIFFERENCE = {
-    "ddim_eps": "At {k} steps the rule is the same, but the network is told timesteps that are one lower; at other "
-    "numbers of steps the rule differs, too, and pictures get worse.",
-    "diff_eps": "The rule differs at every number of steps: pictures are worse.",
-    "velocity": "The network predicts something else than DDIM expects: without the line below there is no picture.",
-}
+
+
+def _under_ddim(scheduler: PeRFlowScheduler) -> str:
+    """What a stock DDIM scheduler does with these weights, in a sentence."""
+    kind = PREDICTION_TYPES[scheduler.config["perflow_type"]]
+    if kind.base_prediction is None:
+        return "The network predicts something else than DDIM expects: without the line below there is no picture."
+    if not kind.is_ddim:
+        return "The rule differs at every number of steps: pictures are worse."
+    return (
+        f"At {scheduler.windows.num_windows} steps the rule is the same, but the network is told timesteps that are "
+        "one lower; at other numbers of steps the rule differs, too, and pictures get worse."
+    )
 
 
 _GIVEN = ("image", "mask_image", "control_image", "video")
@@ -251,8 +259,8 @@ def _card(pipe: Any, form: str, name: str, base: Any, artifact: Any, license: st
             f"To make such a pipeline: {INSTALL_NOTE[0].lower()}{INSTALL_NOTE[1:]}\n"
         )
     else:
-        kind = _DIFFERENCE[pipe.scheduler.config.perflow_type].format(k=pipe.scheduler.windows.num_windows)
-        note = _PLAIN_NOTE.format(difference=kind, install=INSTALL_NOTE)
+        difference = _under_ddim(pipe.scheduler)
+        note = _PLAIN_NOTE.format(difference=difference, install=INSTALL_NOTE)
     text = f"""# {name}
 
 A pipeline for pictures in {steps} steps: a piecewise rectified flow ([PeRFlow]({PAPER})) is in its weights.

@@ -8,11 +8,10 @@ import torch
 from diffusers.utils import logging
 
 from perflow_diffusers.errors import ArtifactError
-from perflow_diffusers.flow import NoisePath
+from perflow_diffusers.flow import BASE_TYPES, NOISE_FACTS, base_of, noise_facts
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.network import misfit, relation
 from perflow_diffusers.hub.recognise import published_pipeline, recognised
-from perflow_diffusers.hub.said import BASE_TYPES, NOISE_FACTS
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights.read.live import find_unet
 
@@ -87,7 +86,7 @@ def scheduler_doubts(artifact: PeRFlowArtifact, config: Mapping[str, Any]) -> tu
     """How the noise schedule and the base's prediction differ from those of the accelerator's base, and what of
     the two cannot be told for want of a fact on either side."""
     doubts, unknown = _noise_doubts(artifact.noise, config), []
-    if not artifact.noise or not any(config.get(key) is not None for key in NOISE_FACTS):
+    if not artifact.noise or not noise_facts(config):
         unknown.append("that the noise schedules agree")
     given = config.get("prediction_type")
     if artifact.base_prediction_type is None or given not in BASE_TYPES:
@@ -100,8 +99,8 @@ def scheduler_doubts(artifact: PeRFlowArtifact, config: Mapping[str, Any]) -> tu
 def _noise_doubts(wanted: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """What is different in two noise schedules, by key; none where keys differ and all numbers agree."""
     # Not every scheduler class can rescale its betas: an absent key says the same as its default.
-    present = {key: config[key] for key in NOISE_FACTS if config.get(key) is not None}
-    given, said = ({"rescale_betas_zero_snr": False, **facts} if facts else {} for facts in (present, wanted))
+    both_sides = (noise_facts(config), wanted)
+    given, said = ({"rescale_betas_zero_snr": False, **facts} if facts else {} for facts in both_sides)
     both = [key for key in NOISE_FACTS if key in given and key in said and key != "trained_betas"]
     different = [f"{key} is {given[key]} instead of {said[key]}" for key in both if given[key] != said[key]]
     if "trained_betas" in said or ("trained_betas" in given and said):
@@ -115,7 +114,7 @@ def _same_noise(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     if any("trained_betas" not in facts and not needed <= facts.keys() for facts in (first, second)):
         return False
     try:
-        paths = [NoisePath.from_betas(**one) for one in (first, second)]
+        paths = [base_of(one).path for one in (first, second)]
     except (TypeError, ValueError):
         return False
     one, other = (path.alpha for path in paths)

@@ -9,25 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 from perflow_diffusers.errors import ArtifactError
-from perflow_diffusers.flow import PREDICTION_TYPES
+from perflow_diffusers.flow import BASE_TYPES, PREDICTION_TYPES, noise_facts
+from perflow_diffusers.flow.path import BETA_SCHEDULES
 from perflow_diffusers.io.documents import parse_json, plain_name
 from perflow_diffusers.words.shown import shown
 
 #: Of `perflow.json`; a higher one is refused.
 FORMAT_VERSION = 1
-#: What a base network may predict, in the words of diffusers' schedulers.
-BASE_TYPES = ("epsilon", "sample", "v_prediction")
-#: A scheduler's facts about the base's noise, which a pipeline must share for its accelerator to fit.
-NOISE_FACTS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "rescale_betas_zero_snr",
-    "trained_betas",
-)
 
-_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _ENDS = {"t_noise": 1.0, "t_clean": 0.0}
 _MAX_TIMESTEPS, _MAX_WINDOWS, _MAX_STEPS, _MAX_TEXT = 100_000, 1000, 64, 500
 #: What files of before call a setting that has another name now.
@@ -136,7 +125,7 @@ def from_scheduler(config: Mapping[str, Any], where: str) -> Said:
             f"{where} says nothing about how PeRFlow weights were trained (prediction_type={given!r:.50}, no "
             f"perflow_type). Expected one of {', '.join(PREDICTION_TYPES)}."
         )
-    noise = {key: config[key] for key in NOISE_FACTS if key in config}
+    noise = noise_facts(config)
     if not isinstance(noise.get("trained_betas"), list):
         noise.pop("trained_betas", None)
     content = {
@@ -239,7 +228,7 @@ def _checked_noise(noise: Mapping[str, Any], where: str) -> dict[str, Any]:
         ),
         "beta_start": (lambda v: _number(v, 0, 1), "a number from 0 to 1"),
         "beta_end": (lambda v: _number(v, 0, 1), "a number from 0 to 1"),
-        "beta_schedule": (lambda v: v in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
+        "beta_schedule": (lambda v: v in BETA_SCHEDULES, f"one of {', '.join(BETA_SCHEDULES)}"),
         "rescale_betas_zero_snr": (lambda v: isinstance(v, bool), "true or false"),
         "trained_betas": (
             lambda v: isinstance(v, list | tuple) and len(v) <= _MAX_TIMESTEPS and all(_number(b, 0, 1) for b in v),

@@ -10,8 +10,11 @@ from diffusers import schedulers
 from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import DummyObject
 
+from ..flow import NOISE_FACTS
+
 # Facts about the base network rather than choices of a sampler: never left to whichever scheduler reads the config.
-NETWORK_FACTS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+# Zero terminal SNR is not among them: not every class can have it, and all that can leave it out by default.
+NETWORK_FACTS = (*(fact for fact in NOISE_FACTS if fact != "rescale_betas_zero_snr"), "prediction_type")
 
 #: Keys that no scheduler of discrete betas has, and what has them; the first one found names the process.
 FOREIGN_KEYS = {

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor
+
+from ..flow import NoisePath, Windows, clean_estimate, euler
 
 Numbers = tuple[float, float, float, float]
 Spans = dict[int, tuple[int, int]]
@@ -19,46 +23,43 @@ _ANOTHER = (
 )
 
 
-@dataclass
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """What `set_timesteps` chose, and how far it is: all of it changes at once, whichever thread looks.
+    """What `set_timesteps` chose: one value, which changes as a whole whichever thread looks.
 
-    `timesteps` is kept even if someone assigns others: its address must stay taken. `former` is the run before it, and
-    `replaced` names the threads whose runs were cut short.
+    Fields: `points`, the timesteps and where the last step ends. `timesteps`, (n,) int64, what the network is to see;
+    kept even if someone assigns others: its address must stay taken. `spans`, by timestep: the window that its step
+    follows. `exact`, (N + 1, 4) float64 by timestep: (a, b) of the step, (p, q) of the x0 estimate; NaN off the run.
+    Of these numbers, `steps` are the rows as Python floats, `table` the whole in float32 beside the timesteps.
     """
 
     points: tuple[int, ...]
     timesteps: Tensor
     spans: Spans
-    steps: list[Numbers]
-    table: Tensor | None
     exact: Tensor | None
-    index: int | None = None
-    begin: int | None = None
-    former: Run | None = None
-    owner: int = 0
-    replaced: frozenset[int] = frozenset()
+    steps: tuple[Numbers, ...] = field(init=False)
+    table: Tensor | None = field(init=False)
+    positions: dict[int, int] = field(init=False)
+    unversioned: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.owner = threading.get_ident()
-        self.positions = {t: i for i, t in enumerate(self.points[:-1])}
-        self.unversioned = self.timesteps.is_inference()
+        steps: tuple[Numbers, ...] = ()
+        table = None
+        if self.exact is not None:
+            steps = tuple((a, b, p, q) for a, b, p, q in self.exact[list(self.points[:-1])].tolist())
+            # A device need not have float64, unless it holds a sample in it.
+            table = self.exact.to(torch.float32).to(self.timesteps.device)
+        derived = {
+            "steps": steps,
+            "table": table,
+            "positions": {t: i for i, t in enumerate(self.points[:-1])},
+            "unversioned": self.timesteps.is_inference(),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        return f"Run(timesteps {list(self.points[:-1])[:8]}, {len(self.steps)} steps, index {self.index})"
-
-    def follow(self, former: Run) -> None:
-        """Take the place of another run."""
-        cut = former.steps and former.owner != self.owner and (former.index or 0) < len(former.steps)
-        self.replaced = (former.replaced | ({former.owner} if cut else set())) - {self.owner}
-        former.former = None  # two are enough
-        self.former = former
-
-    def own(self) -> Run:
-        """Itself, unless it has replaced an unfinished run of this thread."""
-        if self.replaced and threading.get_ident() in self.replaced:
-            raise ValueError(_ANOTHER.format("Another thread called `set_timesteps` during this run"))
-        return self
+        return f"Run(timesteps {list(self.points[:-1])[:8]}, {len(self.steps)} steps)"
 
     def place(self, timestep: Tensor) -> int | None:
         """Where a tensor is among the run's unchanged timesteps, by its address alone; None if it is not."""
@@ -71,12 +72,59 @@ class Run:
         offset = timestep.data_ptr() - first
         return offset >> 3 if 0 <= offset < 8 * len(self.steps) else None
 
+
+def no_run(timesteps: Tensor) -> Run:
+    """The run of a scheduler before `set_timesteps`: no step at all."""
+    return Run((), timesteps, {}, None)
+
+
+def run_over(points: Sequence[int], timesteps: Tensor, windows: Windows, path: NoisePath, prediction_type: str) -> Run:
+    """The run over falling `points`, every number of it computed in float64 once; `timesteps` are all but the last."""
+    moves = list(pairwise(points))
+    spans = {t: windows.span(t, t_next) for t, t_next in moves}
+    home = path.alpha.device  # where the tables were made, whatever the default device is now
+    t, t_next, start, end = torch.tensor([(*x, *spans[x[0]]) for x in moves], device=home).unbind(1)
+    step = euler(path, prediction_type, start, end, t, t_next)
+    estimate = clean_estimate(path, prediction_type, start, end, t)
+    # Rows off the grid stay NaN: inside a compiled graph nothing can raise, and NaN is seen.
+    exact = torch.full((len(path.alpha), 4), torch.nan, dtype=torch.float64, device=home)
+    exact[t] = torch.stack([*step, *estimate], dim=1)
+    return Run(tuple(points), timesteps, spans, exact)
+
+
+@dataclass
+class Course:
+    """How far a run is, and whose it is.
+
+    `former` is the run before it, and `replaced` names the threads whose runs were cut short.
+    """
+
+    run: Run
+    index: int | None = None
+    begin: int | None = None
+    former: Run | None = None
+    owner: int = field(default_factory=threading.get_ident)
+    replaced: frozenset[int] = frozenset()
+
+    def next(self, run: Run) -> Course:
+        """The course of another run in place of this one."""
+        course = Course(run, former=self.run)
+        cut = self.run.steps and self.owner != course.owner and (self.index or 0) < len(self.run.steps)
+        course.replaced = (self.replaced | ({self.owner} if cut else set())) - {course.owner}
+        return course
+
+    def own(self) -> Course:
+        """Itself, unless it has replaced an unfinished run of this thread."""
+        if self.replaced and threading.get_ident() in self.replaced:
+            raise ValueError(_ANOTHER.format("Another thread called `set_timesteps` during this run"))
+        return self
+
     def position(self, timestep: int | float | Tensor) -> int:
         """The same for numbers and copies: by value where it costs no wait for a device, else by counting."""
         if isinstance(timestep, Tensor):
             if timestep.__class__ is Tensor and self.former is not None:
                 index = self.former.place(timestep)
-                if index is not None and self.former.points == self.points:
+                if index is not None and self.former.points == self.run.points:
                     return index
                 if index is not None:
                     raise ValueError(_ANOTHER.format("This timestep is from before the last `set_timesteps`"))
@@ -84,7 +132,9 @@ class Run:
             if not first and (timestep.device.type != "cpu" or timestep.is_floating_point()):
                 return cast(int, self.begin if self.index is None else self.index)
             timestep = timestep.item()
-        if timestep not in self.positions:
-            todo = f"Expected one of {list(self.positions)}" if self.positions else "Call `set_timesteps` first"
+        if timestep not in self.run.positions:
+            todo = (
+                f"Expected one of {list(self.run.positions)}" if self.run.positions else "Call `set_timesteps` first"
+            )
             raise ValueError(f"`timestep={timestep}` is not a step of this run. {todo}.")
-        return self.positions[int(timestep)]
+        return self.run.positions[int(timestep)]

@@ -12,7 +12,6 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -22,14 +21,12 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ..flow import PREDICTION_TYPES, NoisePath, Windows, clean_estimate, euler, marginal
+from ..flow import PREDICTION_TYPES, base_of, marginal
 from ..flow.chord import check_prediction_type
+from .arguments import explicit_points, split_types, windows_of
 from .base_config import NETWORK_FACTS, refusal, with_defaults
-from .run import Numbers, Run, Spans
-
-# What the network of a stock pipeline may predict, in the words of diffusers' `prediction_type`.
-BASE_TYPES = ("epsilon", "sample", "v_prediction")
-
+from .combine import beside, combine, combine_rows
+from .run import Course, Numbers, no_run, run_over
 
 # Two threads' `set_timesteps` do not mix.
 _ONE_AT_A_TIME = threading.Lock()
@@ -99,23 +96,17 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         window_boundaries: Sequence[int] | None = None,
         perflow_type: str | None = None,
     ) -> None:
-        base_type, self._type = _split_types(prediction_type, perflow_type)
-        self.path = NoisePath.from_betas(
-            num_train_timesteps,
-            beta_start,
-            beta_end,
-            beta_schedule,
-            trained_betas,
-            set_alpha_to_one,
-            rescale_betas_zero_snr,
-        )
+        base_type, self._type = split_types(prediction_type, perflow_type)
+        #: The network that the weights were made for: its noise path, its prediction, where it counts from.
+        self.base = base_of(self.config)
+        self.path = self.base.path
         check_prediction_type(self._type, self.path)
         defaulted = self.config.get("_use_default_values", [])
         known = {*NETWORK_FACTS, "perflow_type"}
         if window_boundaries is not None:
             known.add("num_time_windows")
         count = None if "num_time_windows" in known.intersection(defaulted) else num_time_windows
-        self.windows = _windows(num_train_timesteps, t_noise, t_clean, count, window_boundaries)
+        self.windows = windows_of(num_train_timesteps, t_noise, t_clean, count, window_boundaries)
         self.register_to_config(
             prediction_type=base_type,
             perflow_type=self._type,
@@ -130,8 +121,8 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.final_alpha_cumprod = (self.path.alpha[0] ** 2).float().to(device)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        self._run = Run((), self.timesteps, {}, [], None, None)
-        self._table: Tensor | None = None
+        self._course = Course(no_run(self.timesteps))
+        self._table: Tensor | None = None  # of the run, once more: a compiled step looks for nothing else
         self._warned = False
 
     @classmethod
@@ -181,12 +172,12 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @property
     def step_index(self) -> int | None:
         """How many of `timesteps` are done; None before the first step. Not counted inside a compiled step."""
-        return self._run.index
+        return self._course.index
 
     @property
     def begin_index(self) -> int | None:
         """The place in `timesteps` of the first step of a run that starts in the middle; None until it is set."""
-        return self._run.begin
+        return self._course.begin
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at `timesteps[begin_index]`; pipelines call it for image to image.
@@ -194,7 +185,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises ValueError for a place that leaves no step: an image-to-image call with strength * steps < 1, or a
         refiner's with a `denoising_start` that no timestep lies below.
         """
-        run, n = self._run.own(), len(self.timesteps)
+        course, n = self._course.own(), len(self.timesteps)
         if not 0 <= begin_index < n:
             raise ValueError(
                 f"`begin_index={begin_index}` leaves no step to take; expected 0 to {n - 1} with {n} steps. In image "
@@ -202,7 +193,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"that no timestep of {self.timesteps.tolist()} lies below the cut: lower `denoising_start`, and the "
                 "base's `denoising_end` with it, or use more steps."
             )
-        run.begin = begin_index
+        course.begin = begin_index
 
     def set_timesteps(
         self,
@@ -213,7 +204,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Choose the run: `num_inference_steps` n >= 1, or explicit `timesteps`, integers falling inside the windows.
 
         `self.timesteps`, (n,) int64 on `device`, is what the network is to see. n >= K puts n // K steps into every
-        window and one more into the first n % K; n < K merges neighbouring windows (`Windows.grid`), at a loss of
+        window and one more into the first n % K; n < K joins neighbouring windows (`Windows.grid`), at a loss of
         quality that is warned of once. The last step ends at the last boundary. Resets `begin_index`, `step_index`.
         Raises ValueError unless exactly one of the two is given and in range.
         """
@@ -223,14 +214,12 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         if self._before_run is not None:
             self._before_run()
-        points = self._grid(num_inference_steps) if timesteps is None else self._explicit(timesteps)
+        points = self._grid(num_inference_steps) if timesteps is None else explicit_points(self.windows, timesteps)
         given = torch.tensor(points[:-1], dtype=torch.int64, device=device)
-        spans, steps, table, exact = self._numbers(points, given.device)
+        run = run_over(points, given, self.windows, self.path, self._type)
         with _ONE_AT_A_TIME:
-            run = Run(tuple(points), given, spans, steps, table, exact)
-            run.follow(self._run)
             self.num_inference_steps, self.timesteps = len(points) - 1, given
-            self._run, self._table = run, table
+            self._course, self._table = self._course.next(run), run.table
 
     def _grid(self, n: Any) -> list[int]:
         try:
@@ -249,43 +238,6 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 stacklevel=3,
             )
         return self.windows.grid(n)
-
-    def _explicit(self, timesteps: Any) -> list[int]:
-        first, last = self.windows.boundaries[0], self.windows.boundaries[-1]
-        given = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else timesteps
-        try:
-            given = list(given)
-            right = bool(given) and all(a > b and b == int(b) for a, b in pairwise([first + 1, *given, last]))
-        except (TypeError, ValueError):
-            right = False
-        if not right:
-            raise ValueError(
-                f"`timesteps={given}`; expected strictly falling integers, at most {first} and more than {last}."
-            )
-        return [*map(int, given), last]
-
-    def _numbers(self, points: list[int], device: torch.device) -> tuple[Spans, list[Numbers], Tensor, Tensor]:
-        """Every number of a run, computed in float64: per step (a, b) and the x0 estimate's (p, q).
-
-        Returns the steps' windows, the numbers, and a table of them by timestep in float32 on `device`, in float64 at
-        home: a device need not have float64, unless it holds a sample in it.
-        """
-        moves = list(pairwise(points))
-        spans = {t: self.windows.span(t, t_next) for t, t_next in moves}
-        home = self.path.alpha.device  # where the tables were made, whatever the default device is now
-        t, t_next, start, end = torch.tensor([(*x, *spans[x[0]]) for x in moves], device=home).unbind(1)
-        numbers = torch.stack(
-            [
-                *euler(self.path, self._type, start, end, t, t_next),
-                *clean_estimate(self.path, self._type, start, end, t),
-            ],
-            dim=1,
-        )
-        # Rows off the grid stay NaN: inside a compiled graph nothing can raise, and NaN is seen.
-        exact = torch.full((len(self.path.alpha), 4), torch.nan, dtype=torch.float64, device=home)
-        exact[t] = numbers
-        steps = [(a, b, p, q) for a, b, p, q in numbers.tolist()]
-        return spans, steps, exact.to(torch.float32).to(device), exact
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The sample itself: PeRFlow's network takes the state as it is."""
@@ -311,32 +263,33 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         if torch.compiler.is_compiling() or (isinstance(timestep, Tensor) and timestep.numel() > 1):
             rows = self._look_up(timestep, sample)
-            prev_sample = _combine_rows(sample, model_output, *rows[:2])
-            x0 = _combine_rows(sample, model_output, *rows[2:]) if return_dict else None
+            prev_sample = combine_rows(sample, model_output, *rows[:2])
+            x0 = combine_rows(sample, model_output, *rows[2:]) if return_dict else None
         else:
             a, b, p, q = self._count(timestep)
-            prev_sample = _combine(sample, model_output, a, b)
-            x0 = _combine(sample, model_output, p, q) if return_dict else None
+            prev_sample = combine(sample, model_output, a, b)
+            x0 = combine(sample, model_output, p, q) if return_dict else None
         return PeRFlowSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample,)
 
     def _count(self, timestep: int | float | Tensor) -> Numbers:
         """The numbers of this step, found by address or value, or by counting where these are not to be had."""
-        run = self._run.own()
+        course = self._course.own()
+        run = course.run
         index = run.place(timestep) if timestep.__class__ is Tensor else None
         if index is None:
-            index = run.position(timestep)
-        if index >= len(run.steps) or (run.index == len(run.steps) and isinstance(timestep, Tensor)):
+            index = course.position(timestep)
+        if index >= len(run.steps) or (course.index == len(run.steps) and isinstance(timestep, Tensor)):
             raise ValueError(f"All {len(run.steps)} steps are done. Call `set_timesteps` before the next run.")
-        run.index = index + 1
+        course.index = index + 1
         return run.steps[index]
 
     def _look_up(self, timestep: int | float | Tensor, sample: Tensor) -> list[Tensor]:
         """The numbers of this step by timestep, each a tensor () or (B, 1, ...) beside the sample."""
-        table = self._table if torch.compiler.is_compiling() else self._run.own().table
+        table = self._table if torch.compiler.is_compiling() else self._course.own().run.table
         if table is None:
             raise ValueError("`step` was called before `set_timesteps`. Call `set_timesteps` first.")
         if sample.dtype == torch.float64:
-            table = cast(Tensor, self._run.exact).to(sample.device)
+            table = cast(Tensor, self._course.run.exact).to(sample.device)
         # One-dimensional even for a single timestep: torch.compile takes a 0-d index for a constant.
         given = (timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep, device="cpu")).reshape(-1)
         index = given.to(torch.int64)
@@ -345,9 +298,9 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         rows = table[index.to(table.device)]
         if not torch.compiler.is_compiling() and bool(rows.isnan().any()):
             raise ValueError(
-                f"`timestep={given.tolist()}`; expected steps of this run, {list(self._run.points[:-1])}."
+                f"`timestep={given.tolist()}`; expected steps of this run, {list(self._course.run.points[:-1])}."
             )
-        return [_beside(c, sample) for c in rows.unbind(-1)]
+        return [beside(c, sample) for c in rows.unbind(-1)]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
         """Clean samples as PeRFlow states at `timesteps`: the point of the window's chord, `flow.marginal`.
@@ -367,77 +320,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 "strength * num_inference_steps < 1: raise one of them."
             )
         start, end = self.windows.of(index)
-        for t, (s, e) in self._run.own().spans.items():
+        for t, (s, e) in self._course.own().run.spans.items():
             start, end = torch.where(index == t, s, start), torch.where(index == t, e, end)
-        c_x0, c_noise = (_beside(c, original_samples) for c in marginal(self.path, start, end, index))
+        c_x0, c_noise = (beside(c, original_samples) for c in marginal(self.path, start, end, index))
         return (c_x0 * original_samples + c_noise * noise).to(original_samples.dtype)
-
-
-def _beside(c: Tensor, sample: Tensor) -> Tensor:
-    """Float64 numbers () or (B,) as at least float32 ones (B or 1, 1, ...), so that a half sample is promoted."""
-    dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-    return c.to(dtype).to(sample.device).reshape(-1, *(1,) * (sample.ndim - 1))
-
-
-def _combine(z: Tensor, out: Tensor, a: float, b: float) -> Tensor:
-    """a * z + b * out in at least float32, rounded once to z's dtype; a wide z costs no memory but the result."""
-    if z.dtype in (torch.float32, torch.float64):
-        return torch.mul(z, a).add_(out, alpha=b)
-    return z.float().mul_(a).add_(out, alpha=b).to(z.dtype)
-
-
-def _combine_rows(z: Tensor, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The same with one number per sample."""
-    return (z.to(a.dtype) * a + out.to(a.dtype) * b).to(z.dtype)
-
-
-def _split_types(prediction_type: str | None, perflow_type: str | None) -> tuple[str | None, str]:
-    """(the base's type, PeRFlow's type) from the two keys of a config, or a ValueError that says where to look."""
-    if prediction_type in PREDICTION_TYPES:
-        if perflow_type not in (None, prediction_type):
-            raise ValueError(
-                f"`prediction_type={prediction_type!r}` and `perflow_type={perflow_type!r}` contradict each other. "
-                f"Pass one of them, or the base's type ({', '.join(BASE_TYPES)}) as `prediction_type`."
-            )
-        perflow_type, prediction_type = prediction_type, None
-    elif prediction_type is not None and prediction_type not in BASE_TYPES:
-        raise ValueError(
-            f"`prediction_type={prediction_type!r}`; expected PeRFlow's {', '.join(PREDICTION_TYPES)}, or what the "
-            f"base predicts ({', '.join(BASE_TYPES)}) together with `perflow_type`."
-        )
-    if perflow_type not in (None, *PREDICTION_TYPES):
-        note = "what the base model predicts belongs under `prediction_type`"
-        raise ValueError(f"`perflow_type={perflow_type!r}`; expected {', '.join(PREDICTION_TYPES)} ({note}).")
-    check_prediction_type(prediction_type if perflow_type is None else perflow_type)
-    assumed = None if perflow_type == "velocity" else "epsilon"
-    return prediction_type or assumed, str(perflow_type)
-
-
-def _windows(n: int, t_noise: float, t_clean: float, num_windows: int | None, given: Sequence[int] | None) -> Windows:
-    """The windows that the config's arguments describe."""
-    numbers = all(isinstance(t, int | float) for t in (t_noise, t_clean))
-    if not numbers or not 0 <= t_clean < t_noise <= 1 or round(t_clean * n) == round(t_noise * n):
-        expected = f"1 >= t_noise > t_clean >= 0 and a timestep (1 of {n}) between them"
-        raise ValueError(f"`t_noise={t_noise!r}` and `t_clean={t_clean!r}`; expected {expected}.")
-    noise, clean = round(t_noise * n), round(t_clean * n)
-    if given is None:
-        if not isinstance(num_windows, int) or not 1 <= num_windows <= noise - clean:
-            raise ValueError(f"`num_time_windows={num_windows!r}`; expected an integer from 1 to {noise - clean}.")
-        return Windows.uniform(num_windows, noise, clean)
-    if isinstance(given, str):
-        raise ValueError(f"`window_boundaries={given!r}`; expected a list, such as [1000, 750, 500, 250, 0].")
-    try:
-        windows = Windows(tuple(given))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`window_boundaries={given}`: {error}") from None
-    if (windows.boundaries[0], windows.boundaries[-1]) != (noise, clean):
-        raise ValueError(
-            f"`window_boundaries={list(given)}`; expected them to run from {noise} to {clean}, which is `t_noise` to "
-            "`t_clean`: change one or the other."
-        )
-    if num_windows not in (None, windows.num_windows):
-        raise ValueError(
-            f"`num_time_windows={num_windows}` and `window_boundaries` of {windows.num_windows} windows; leave the "
-            "first out, or pass `window_boundaries=None` for windows of equal length."
-        )
-    return windows
