@@ -1,12 +1,12 @@
 """The command `perflow demo`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from perflow_diffusers.cli.terminal import failing, note
+from perflow_diffusers.io.atomic import whole
 
 
 def demo(
@@ -41,11 +41,9 @@ def demo(
             note("demo", sentence)
         typer.echo("Drawing with the embedded miniature (32 x 32 pictures, 1.9 M parameters).")
         rows = demonstration.draw_rows(prompts, columns, seed, on_row=lambda row: typer.echo(f"  {row.label}"))
-        partial = out.with_name(f".{out.name}.partial")
         try:
-            demonstration.compose(rows).save(partial, "PNG")
-            os.replace(partial, out)
+            with whole(out) as partial:
+                demonstration.compose(rows).save(partial, "PNG")
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise ValueError(f"{out} cannot be written ({error}). Choose another output with --out.") from None
         typer.echo(f"{demonstration.table(rows)}\n{out}")

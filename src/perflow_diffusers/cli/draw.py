@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from perflow_diffusers.cli.terminal import failing, note
+from perflow_diffusers.io.atomic import unfinished
 
 
 def draw(
@@ -86,7 +87,7 @@ def _named(prompt: str) -> str:
 
 def _write(png: bytes, path: Path) -> Path:
     """Write to the path, or to the next free one, name-2.png and so on; whole or not at all."""
-    partial = path.with_name(f".{path.stem[:40]}-{os.getpid()}.partial")
+    partial = unfinished(path)
     partial.write_bytes(png)
     try:
         number = 1

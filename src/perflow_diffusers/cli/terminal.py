@@ -1,8 +1,6 @@
 """What the commands share at the terminal: errors as sentences, progress bars, and care for files that exist."""
 
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +9,8 @@ from typing import NoReturn
 
 import typer
 from tqdm import tqdm
+
+from perflow_diffusers.io.atomic import put, staging
 
 #: exit codes: 0 done, 2 what was given cannot work, 130 interrupted
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -112,19 +112,14 @@ def replacing(out: Path, dry_run: bool = False) -> Iterator[tuple[Path, Callable
         yield out, str
         return
     home = out.resolve()
-    staging = Path(tempfile.mkdtemp(prefix=".perflow-", suffix=".tmp", dir=home.parent))
-    new, old = staging / home.name, staging / "old"
+    with staging(home.parent) as beside:
+        new = beside / home.name
 
-    def told(text: object) -> str:
-        return str(text).replace(str(new), str(out))
+        def told(text: object) -> str:
+            return str(text).replace(str(new), str(out))
 
-    try:
-        yield new, told
-        os.replace(home, old)
-        os.replace(new, home)
-    except (ValueError, OSError) as error:
-        raise ValueError(told(error)) from error
-    finally:
-        if old.exists() and not home.exists():
-            os.replace(old, home)
-        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            yield new, told
+            put(new, home)
+        except (ValueError, OSError) as error:
+            raise ValueError(told(error)) from error

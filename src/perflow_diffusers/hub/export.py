@@ -3,8 +3,6 @@
 import inspect
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ from perflow_diffusers.hub.family import check_pipeline
 from perflow_diffusers.hub.find import CARD
 from perflow_diffusers.hub.recognise import PIPELINE_SETTINGS
 from perflow_diffusers.hub.state import companion, faulty, loaded
+from perflow_diffusers.io.atomic import whole
 from perflow_diffusers.io.documents import read_json, write_json
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import merge_delta, open_weights
@@ -76,15 +75,11 @@ def export_pipeline(
         raise ArtifactError(f"{mine.artifact.name} is not whole in this pipeline: {fault}")
     _check_known_to_diffusers(pipe)
     _check_target(target, overwrite)
-    temporary = target.with_name(f".perflow-{secrets.token_hex(4)}.tmp")
-    try:
+    with whole(target) as temporary:
         with _merged(pipe):
             drop_empty_wrappers(pipe)
             pipe.save_pretrained(temporary)
         _finish(pipe, temporary, form, target.name, base_model, license or licence)
-        _replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
@@ -175,15 +170,6 @@ def _forget_origin(path: Path) -> None:
     if isinstance(origin, str) and (origin.count("/") != 1 or Path(origin).exists()):
         del content["_name_or_path"]
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    """Put the finished folder in place of an empty or earlier one."""
-    old = temporary.with_suffix(".old")
-    if target.exists():
-        os.replace(target, old)
-    os.replace(temporary, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 _PLAIN_NOTE = """Loaded like this, the pipeline samples with a stock DDIM scheduler, not with the one that its weights

@@ -4,13 +4,13 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from perflow_diffusers.errors import ArtifactError, WeightSourceError
+from perflow_diffusers.io.atomic import whole
 
 #: No settings file is larger: above it nothing is parsed.
 MAX_JSON_BYTES = 1 << 20
@@ -118,14 +118,11 @@ def place(folder: Path, name: str, overwrite: bool, fill: Callable[[Path], objec
     """Let `fill` write a file under a temporary name in `folder`, then give it its name."""
     target = inside(folder, name)
     check_free(target, overwrite)
-    temporary = target.with_name(f".perflow-{secrets.token_hex(4)}.tmp")
     try:
-        fill(temporary)
-        os.replace(temporary, target)
+        with whole(target) as temporary:
+            fill(temporary)
     except OSError as error:
         raise ArtifactError(f"{target} cannot be written ({error.strerror or error}).") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 

@@ -3,9 +3,7 @@
 import json
 import os
 import re
-import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import BinaryIO
 import torch
 
 from perflow_diffusers.errors import WeightWriteError
+from perflow_diffusers.io.atomic import put_together, staging, whole
 from perflow_diffusers.io.documents import parsed
 from perflow_diffusers.io.tensors import dtype_name
 from perflow_diffusers.words.shown import shown
@@ -71,17 +70,12 @@ def write_safetensors(
     offsets = _offsets(specs, sizes)
     header = _render(specs, offsets, give_metadata(), spare=_SPARE if callable(metadata) else 0)
     check_target(target, sum(sizes.values()) + len(header), overwrite=overwrite)
-    with _temporary(target) as (temporary, file):
+    with _written(target) as file:
         file.write(header)
         _write_tensors(file, len(header), specs, offsets, tensors)
         if callable(metadata):
             file.seek(0)
             file.write(_render(specs, offsets, give_metadata(), length=len(header)))
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
     return target
 
 
@@ -96,15 +90,11 @@ def write_together(files: Sequence[File], *, overwrite: bool = False, former: Se
     total = sum(torch.Size(shape).numel() * dtype.itemsize for file in files for shape, dtype in file.specs.values())
     for file in files:
         check_target(file.path, total, overwrite=overwrite)
-    with _staging(folder) as staging:
+    with _staged(folder) as staged:
         for file in files:
-            write_safetensors(staging / file.path.name, file.specs, file.tensors, file.metadata)
-        for file in files:
-            os.replace(staging / file.path.name, file.path)
-        for old in former if overwrite else ():
-            if old not in [file.path for file in files]:
-                old.unlink(missing_ok=True)
-        _sync_folder(folder)
+            write_safetensors(staged / file.path.name, file.specs, file.tensors, file.metadata)
+        old = [path.name for path in former if path.parent == folder] if overwrite else []
+        put_together(staged, folder, [file.path.name for file in files], old)
 
 
 def write_folder(
@@ -134,21 +124,16 @@ def write_folder(
     for name in names:
         check_target(folder / name, 0, overwrite=overwrite)
     stream, weight_map = iter(tensors), {}
-    with _staging(folder) as staging:  # shards of one set must not come to stand among those of an older one
+    with _staged(folder) as staged:  # shards of one set must not come to stand among those of an older one
         for name, shard in zip(names, shards, strict=True):
-            write_safetensors(staging / name, shard, islice(stream, len(shard)), {"format": "pt"})
+            write_safetensors(staged / name, shard, islice(stream, len(shard)), {"format": "pt"})
             weight_map.update(dict.fromkeys(shard, name))
         for extra, _ in stream:
             raise ValueError(f"Got {extra}, which was not announced.")
         final = metadata() if callable(metadata) else metadata or {}
         content = {"metadata": {"total_size": total, **final}, "weight_map": weight_map}
-        write_text(staging / INDEX_NAME, json.dumps(content, indent=2))
-        former = named_shards(folder)
-        for name in (*names, INDEX_NAME):
-            os.replace(staging / name, folder / name)
-        for old in former.difference(names):
-            (folder / old).unlink(missing_ok=True)
-        _sync_folder(folder)
+        write_text(staged / INDEX_NAME, json.dumps(content, indent=2))
+        put_together(staged, folder, [*names, INDEX_NAME], named_shards(folder))
     return index
 
 
@@ -223,20 +208,17 @@ def write_text(path: str | os.PathLike, text: str, *, overwrite: bool = False) -
     target = Path(path)
     content = text.encode()
     check_target(target, len(content), overwrite=overwrite)
-    with _temporary(target) as (temporary, file):
+    with _written(target) as file:
         file.write(content)
-        file.close()
-        os.replace(temporary, target)
     return target
 
 
 @contextmanager
-def _temporary(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """An open file beside `target` that is gone afterwards unless it was renamed."""
-    temporary = target.with_name(f".perflow-{secrets.token_hex(4)}.tmp")
+def _written(target: Path) -> Iterator[BinaryIO]:
+    """An open file that is `target` once it is complete and on the disk, with errors in our words."""
     try:
-        with temporary.open("xb") as file:
-            yield temporary, file
+        with whole(target, synced=True) as temporary, temporary.open("xb") as file:
+            yield file
     except OSError as error:
         if isinstance(error, WeightWriteError):
             raise
@@ -244,35 +226,23 @@ def _temporary(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
             f"{target} could not be written ({error.strerror or error}); what was there before is unchanged. Free "
             "some space, or write to a folder where you may."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
 
 
 @contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """An empty folder inside `folder` that is gone afterwards."""
+def _staged(folder: Path) -> Iterator[Path]:
+    """An empty folder inside `folder` that is gone afterwards, with errors in our words."""
     try:
-        staging = Path(tempfile.mkdtemp(prefix=".perflow-", suffix=".tmp", dir=folder))
+        with staging(folder) as inner:
+            try:
+                yield inner
+            except WeightWriteError as error:  # told of where the files would have been in the end
+                raise WeightWriteError(str(error).replace(f"{inner.name}{os.sep}", "")) from error
     except OSError as error:
+        if isinstance(error, WeightWriteError):
+            raise
         raise WeightWriteError(
             f"{folder} cannot be written to ({error.strerror or error}). Write to a folder where you may."
         ) from error
-    try:
-        yield staging
-    except WeightWriteError as error:  # told of where the files would have been in the end
-        raise WeightWriteError(str(error).replace(f"{staging.name}{os.sep}", "")) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, where the system can."""
-    if os.name == "posix":
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
 
 
 def _offsets(specs: Mapping[str, Spec], sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
