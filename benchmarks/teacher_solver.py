@@ -22,8 +22,9 @@ from perflow_diffusers import MINIATURE_GUIDANCE, load_miniature, miniature_prom
 from perflow_diffusers.flow import Windows, solve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-from perflow_training.backbone import encode_empty, encode_prompts, teacher_of
 from perflow_training.config import TrainingConfig
+from perflow_training.teacher.backbone import teacher_of
+from perflow_training.teacher.encode import encode_empty, encode_prompts
 
 WINDOWS = Windows.uniform(4, 1000)
 #: (method, spacing, steps a window, evaluations a step)

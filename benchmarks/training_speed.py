@@ -25,12 +25,12 @@ from perflow_diffusers.flow import NoisePath
 from perflow_diffusers.miniature import miniature_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-from perflow_training.backbone import Backbone, teacher_of
 from perflow_training.config import TrainingConfig
-from perflow_training.draws import Draws
-from perflow_training.feed import EncodedFeed
+from perflow_training.loader import EncodingLoader
 from perflow_training.log import StepLog
-from perflow_training.product import load_pipeline
+from perflow_training.rng import Draws
+from perflow_training.teacher.backbone import Backbone, teacher_of
+from perflow_training.teacher.load import load_pipeline
 from perflow_training.trainer import Trainer
 
 DATA = Path(__file__).resolve().parents[1] / "training" / "miniature" / "data" / "avatars-test.parquet"
@@ -73,10 +73,10 @@ def ours(options: TrainingConfig, seconds: float) -> dict[str, float]:
     accelerator, draws = Accelerator(), Draws(0)
     pipe = load_pipeline(options)
     trainer = Trainer(
-        options, teacher_of(pipe), EncodedFeed(pipe, options, draws, accelerator.device), accelerator, draws
+        options, teacher_of(pipe), EncodingLoader(pipe, options, draws, accelerator.device), accelerator, draws
     )
     trainer.prepare()
-    log, watch = StepLog(trainer), Stopwatch()
+    log, watch = StepLog(accelerator, trainer.weights), Stopwatch()
     for _ in range(3):
         trainer._step(log)
     # A fresh start with a full buffer's credit spent, so that the measured steps pay for their own solves.
@@ -92,7 +92,7 @@ def ours(options: TrainingConfig, seconds: float) -> dict[str, float]:
         trainer._step(log)
         steps += 1
     elapsed = time.process_time() - began
-    trainer.feed.close()
+    trainer.loader.close()
     return {
         "samples": steps * options.train_batch_size / elapsed,
         "solve": solving.seconds / elapsed,
@@ -103,7 +103,7 @@ def ours(options: TrainingConfig, seconds: float) -> dict[str, float]:
 def published(options: TrainingConfig, seconds: float) -> dict[str, float]:
     """The same of the published loop, written plainly."""
     pipe = load_pipeline(options)
-    feed = EncodedFeed(pipe, options, Draws(0), torch.device("cpu"))
+    loader = EncodingLoader(pipe, options, Draws(0), torch.device("cpu"))
     teacher, student = teacher_of(pipe), copy.deepcopy(pipe.unet).train()
     path: NoisePath = teacher.path
     ema = copy.deepcopy(student)
@@ -112,7 +112,7 @@ def published(options: TrainingConfig, seconds: float) -> dict[str, float]:
 
     def step() -> float:
         count = options.train_batch_size
-        material = feed.draw(count, 0, True)
+        material = loader.draw(count, 0, True)
         cond, z0 = material.cond, material.latents
         t = 1000 - (torch.rand(count) * 1000).long()
         start = (t + 249) // 250 * 250
@@ -150,7 +150,7 @@ def published(options: TrainingConfig, seconds: float) -> dict[str, float]:
         solving += step()
         steps += 1
     elapsed = time.process_time() - began
-    feed.close()
+    loader.close()
     return {
         "samples": steps * options.train_batch_size / elapsed,
         "solve": solving / elapsed,

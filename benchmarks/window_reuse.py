@@ -22,12 +22,14 @@ from perflow_diffusers.flow import Windows, euler, solve
 from perflow_diffusers.miniature import miniature_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-from perflow_training.backbone import Backbone, encode_empty, encode_prompts, teacher_of
 from perflow_training.config import TrainingConfig
-from perflow_training.draws import Draws
-from perflow_training.feed import EncodedFeed
+from perflow_training.loader import EncodingLoader
 from perflow_training.log import StepLog
-from perflow_training.product import load_pipeline
+from perflow_training.objective import window_weights
+from perflow_training.rng import Draws
+from perflow_training.teacher.backbone import Backbone, teacher_of
+from perflow_training.teacher.encode import encode_empty, encode_prompts
+from perflow_training.teacher.load import load_pipeline
 from perflow_training.trainer import Trainer
 
 DATA = Path(__file__).resolve().parents[1] / "training" / "miniature" / "data" / "avatars-train.parquet"
@@ -49,7 +51,7 @@ def run(reuse: int, seconds: float, prompts: int, seed: int) -> tuple[float, flo
     GradientState._reset_state()
     options = TrainingConfig(
         pretrained_model_name_or_path=str(miniature_folder() / "avatars"), train_captions=str(DATA), seed=seed,
-        guidance_scale=MINIATURE_GUIDANCE, reuse=reuse, buffer_size=4096, timestep_starts=0.5, timestep_grid=0.35,
+        solve_guidance=MINIATURE_GUIDANCE, reuse=reuse, buffer_size=4096, timestep_starts=0.5, timestep_grid=0.35,
         caption_dropout=0.05, window_weights=[5.0, 2.0, 1.0, 1.0], lr_warmup_steps=30,
         lr_scheduler="constant_with_warmup", ema_decay=0.98, max_train_steps=10**9,
     )  # fmt: skip
@@ -60,18 +62,18 @@ def run(reuse: int, seconds: float, prompts: int, seed: int) -> tuple[float, flo
     noise = torch.randn(prompts, 4, 8, 8, generator=torch.Generator().manual_seed(11))
     with torch.no_grad():
         wanted = solve(teacher.guided(uncond, cond, MINIATURE_GUIDANCE), teacher.path, noise, 1000, 0, 100)
-    trainer = Trainer(options, teacher, EncodedFeed(pipe, options, draws, accelerator.device), accelerator, draws)
-    trainer.weights = trainer.window_weights()
+    trainer = Trainer(options, teacher, EncodingLoader(pipe, options, draws, accelerator.device), accelerator, draws)
+    trainer.weights = window_weights(options.window_weights, trainer.windows.num_windows, trainer._costs)
 
     def error() -> float:
         return float((sample(trainer.plain_student, trainer.windows, noise, cond) - wanted).pow(2).mean())
 
-    before, log, began = error(), StepLog(trainer), time.perf_counter()
+    before, log, began = error(), StepLog(accelerator, trainer.weights), time.perf_counter()
     while time.perf_counter() - began < seconds:
         trainer._step(log)
     trainer.ema.copy_to(trainer.parameters.values())
     trainer.network.eval()
-    trainer.feed.close()
+    trainer.loader.close()
     return before, error(), trainer.step, trainer.buffer.solved
 
 

@@ -12,13 +12,13 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from perflow_training.base import Base
 from perflow_training.checkpoint import CONFIG, EMA
 from perflow_training.config import FORMS, ConfigError, TrainingConfig, config_of
+from perflow_training.export import open_base, write_products
 from perflow_training.lazy import read_afresh
 from perflow_training.places import url_problem
-from perflow_training.product import open_base, write_products
 from perflow_training.run_folder import STATE, checked, checkpoints, is_checkpoint, newest_good
+from perflow_training.teacher.base import Base
 
 
 def main(words: list[str] | None = None) -> None:
@@ -28,12 +28,12 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS), help="what to write (default: all)")
     parser.add_argument("--rank", type=int, default=64, help="of the extracted LoRA (default 64)")
     parser.add_argument("--base", help="the teacher's folder or Hub id, if it has moved since the training")
-    parser.add_argument("--licence", help="for the artefact's card, for example cc-by-nc-4.0")
+    parser.add_argument("--license", "--licence", help="for the artefact's card, for example cc-by-nc-4.0")
     args = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     perflow_training.quiet.calm()
     try:
-        paths = export(args.checkpoint, args.out, args.form, rank=args.rank, base=args.base, licence=args.licence)
+        paths = export(args.checkpoint, args.out, args.form, rank=args.rank, base=args.base, license=args.license)
     except (ConfigError, OSError, ValueError) as error:
         parser.error(str(error))
     print("\n".join(f"{form}: {path}" for form, path in paths.items()))
@@ -46,7 +46,7 @@ def export(
     *,
     rank: int = 64,
     base: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
 ) -> dict[str, Path]:
     """`write_products` from a checkpoint, or from a run's newest undamaged one.
 
@@ -70,7 +70,7 @@ def export(
     weights = read_afresh(checkpoint / EMA)
     teacher = open_base(config) if base else _teacher(config, checkpoint)
     return write_products(
-        config, weights, out or checkpoint / "export", forms, lora_rank=rank, licence=licence, base=teacher
+        config, weights, out or checkpoint / "export", forms, lora_rank=rank, license=license, base=teacher
     )
 
 

@@ -14,14 +14,15 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from perflow_training.config import ConfigError, TrainingConfig, load_config
 from perflow_training.data import DataError
 from perflow_training.data.cache_writer import write_cache
-from perflow_training.data.encoders import model_identity, pipeline_encoders
-from perflow_training.product import hub_options
+from perflow_training.data.identity import model_identity
+from perflow_training.teacher.encode import picture_size, pipeline_encoders
+from perflow_training.teacher.load import hub_options, network_config
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -56,10 +57,11 @@ def run(config: TrainingConfig, args: argparse.Namespace) -> None:
         where = hub_options(name, config.revision)
     except ValueError as error:
         raise ConfigError(f"`pretrained_model_name_or_path`: {error}") from error
-    # Of the network only its config is needed.
-    network = UNet2DConditionModel.load_config(name, subfolder="unet", **where)["sample_size"]
-    pipe = DiffusionPipeline.from_pretrained(name, unet=None, dtype=torch.float32, variant=config.variant, **where)
-    options = config.sized((network if isinstance(network, int) else min(network)) * pipe.vae_scale_factor)
+    part, network = network_config(name, where)  # of the network no more is needed
+    pipe = DiffusionPipeline.from_pretrained(
+        name, dtype=torch.float32, variant=config.variant, **where, **{part: None}
+    )
+    options = config.sized(min(picture_size(pipe, network)))
     pipe.to(args.device)
     with tqdm(unit=" examples", disable=None) as bar:
 

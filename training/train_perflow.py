@@ -20,21 +20,24 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from perflow_training.backbone import teacher_of
 from perflow_training.config import ConfigError, TrainingConfig, load_config, reference, trackers
 from perflow_training.data import DataError
-from perflow_training.draws import Draws
-from perflow_training.feed import CachedFeed, EncodedFeed, Feed
+from perflow_training.diagnostics import TrainingStopped
+from perflow_training.export import open_base, write_products
 from perflow_training.launch import make_accelerator, with_launcher
+from perflow_training.loader import CachedLoader, EncodingLoader, Loader
 from perflow_training.log import append_log
+from perflow_training.objective import windows_of
 from perflow_training.processes import by_main, check_number, claimed
-from perflow_training.product import folder_of, load_pipeline, open_base, write_products
+from perflow_training.rng import Draws
 from perflow_training.run_folder import already_finished, choose_start, find_checkpoint, mark_finished, step_of, tidy
 from perflow_training.stopping import Stopped, Stopping
 from perflow_training.student import DTYPES
+from perflow_training.teacher.backbone import teacher_of
+from perflow_training.teacher.encode import latent_size
+from perflow_training.teacher.load import folder_of, load_pipeline
 from perflow_training.trainer import Trainer
 from perflow_training.validation import Validation
-from perflow_training.watch import TrainingStopped
 
 logger = logging.getLogger("perflow_training.run")
 EXPORT = Path(__file__).with_name("export_perflow.py")
@@ -103,7 +106,7 @@ def _run(config: TrainingConfig, accelerator: Accelerator, stopping: Stopping) -
         return
     draws = Draws(config.seed, accelerator.process_index, accelerator.num_processes)
     set_seed(config.seed)  # for the LoRA's first factors, which are the same on every process
-    trainer, feed = _trainer(config, accelerator, draws, stopping)
+    trainer, loader = _trainer(config, accelerator, draws, stopping)
     set_seed(config.seed, device_specific=True)  # for dropout, which is not
     if trackers(config):
         flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.to_dict().items()}
@@ -116,12 +119,12 @@ def _run(config: TrainingConfig, accelerator: Accelerator, stopping: Stopping) -
         stopped.kept = _kept(trainer, trainer.saved or start.folder)
         raise
     finally:
-        feed.close()
+        loader.close()
         try:
             accelerator.end_training()
         except OSError as error:  # of a tracker; the product is still to be written
             logger.warning("The last lines of `report_to` could not be written (%s).", error)
-    del feed  # with its encoders
+    del loader  # with its encoders
     if accelerator.is_main_process:
         _export(config, trainer, weights, stopping)
 
@@ -168,7 +171,7 @@ def _kept(trainer: Trainer, saved: Path | None) -> str:
 
 def _trainer(
     config: TrainingConfig, accelerator: Accelerator, draws: Draws, stopping: Stopping
-) -> tuple[Trainer, Feed]:
+) -> tuple[Trainer, Loader]:
     """The trainer with its material; from a cache, neither VAE nor text encoders are loaded."""
     cached = bool(config.train_cache_dir)
     if cached and config.validation_steps:
@@ -179,21 +182,21 @@ def _trainer(
     pipe = load_pipeline(config, encoders=not cached)
     teacher = teacher_of(pipe, config.rescale_betas_zero_snr)
     if cached:
-        size = pipe.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        feed = CachedFeed((pipe.unet.config.in_channels, height, width), config, draws, accelerator.device)
+        shape = (teacher.network.config.in_channels, *latent_size(teacher.network.config))
+        loader: Loader = CachedLoader(shape, config, draws, accelerator.device)
     else:
         dtype = DTYPES[accelerator.mixed_precision]
         for name, part in pipe.components.items():
             if name.startswith("text_encoder") and part is not None:
                 part.to(accelerator.device, dtype).eval().requires_grad_(False)
         pipe.vae.to(accelerator.device).eval().requires_grad_(False)
-        feed = EncodedFeed(pipe, config, draws, accelerator.device)
-    trainer = Trainer(config, teacher, feed, accelerator, draws, stopping=stopping)
-    trainer.base = folder_of(pipe)
+        loader = EncodingLoader(pipe, config, draws, accelerator.device)
+    validate = None
     if config.validation_steps:
-        trainer.validate = Validation(pipe, config, trainer.windows, accelerator, stopping)
-    return trainer, feed
+        windows = windows_of(config, teacher.path.num_train_timesteps)
+        validate = Validation(pipe, config, windows, accelerator, stopping)
+    trainer = Trainer(config, teacher, loader, accelerator, draws, validate, stopping, folder_of(pipe))
+    return trainer, loader
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from perflow_diffusers.flow import NoisePath, Windows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training"))
-from perflow_training.backbone import Backbone
 from perflow_training.buffer import SolvedWindows
-from perflow_training.conditions import Conditions
 from perflow_training.config import TrainingConfig
-from perflow_training.objective import solve_trajectories, student_loss
+from perflow_training.objective import Loss, Solver, solve_trajectories, student_loss
 from perflow_training.student import build_student, make_optimizer
+from perflow_training.teacher.backbone import Backbone
+from perflow_training.teacher.conditions import Conditions
 
 #: the networks' published configurations, and the latents' side
 MODELS = {
@@ -150,12 +150,12 @@ def measure(model: str, args: argparse.Namespace) -> Measured:
     solved: list[SolvedWindows] = []
 
     def solve_all() -> None:
-        solved[:] = [solve_trajectories(teacher, windows, config, noise, cond, cond[:1])]
+        solved[:] = [solve_trajectories(teacher, windows, Solver.of(config), noise, cond, cond[:1])]
 
     def learn() -> None:
         batch = solved[0][torch.arange(args.batch)]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = student_loss(learner, path, batch, batch.start, config, torch.ones(args.batch)).mean()
+            loss = student_loss(learner, path, batch, batch.start, Loss.of(config), torch.ones(args.batch)).mean()
         loss.backward()
 
     tflop = {"solve": flops(solve_all) if not args.compile else float("nan")}

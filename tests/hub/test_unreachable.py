@@ -21,7 +21,7 @@ from perflow_diffusers.hub import PeRFlowArtifact, describe, pull, push_perflow
 from perflow_diffusers.pipelines.wonder3d import Wonder3DPipeline
 from perflow_diffusers.weights import describe_weights, merge_files
 from perflow_training.config import TrainingConfig
-from perflow_training.product import load_pipeline
+from perflow_training.teacher.load import load_pipeline
 
 BASE = {"conv_in.bias": torch.zeros(2)}
 

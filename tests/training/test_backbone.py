@@ -15,17 +15,10 @@ from diffusers import (
 )
 
 from perflow_diffusers import PeRFlowScheduler, load_miniature
-from perflow_training.backbone import (
-    decode_latents,
-    encode_empty,
-    encode_images,
-    encode_prompts,
-    image_size,
-    path_of,
-    teacher_of,
-)
-from perflow_training.conditions import Conditions
 from perflow_training.config import ConfigError
+from perflow_training.teacher.backbone import base_of_scheduler, teacher_of
+from perflow_training.teacher.conditions import Conditions
+from perflow_training.teacher.encode import decode_latents, encode_empty, encode_images, encode_prompts, picture_size
 
 PROMPTS = ["a person with red hair", "a dog"]
 
@@ -64,7 +57,7 @@ def test_guided_teacher_sees_what_the_stable_diffusion_pipeline_shows_its_networ
 def test_guided_teacher_sees_what_the_sdxl_pipeline_shows_its_network(tiny_sdxl, zeros):
     """Pooled embeddings, sizes and crop, and zeros for the empty prompt where the pipeline is configured so."""
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, force_zeros_for_empty_prompt=zeros)
-    assert image_size(pipe) == (16, 16)
+    assert picture_size(pipe) == (16, 16)
     sizes = ((50, 40), (3, 5), (16, 16))
     original, corner, target = sizes
     seen = told(pipe, guidance_scale=3.0, original_size=original, crops_coords_top_left=corner, target_size=target)
@@ -78,6 +71,15 @@ def test_guided_teacher_sees_what_the_sdxl_pipeline_shows_its_network(tiny_sdxl,
     with torch.no_grad():
         out = teacher_of(pipe)(seen["z"], index, both)
     torch.testing.assert_close(out, seen["out"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_refiner_is_refused(tiny_sdxl):
+    """Its network is told a score instead of the last size: five numbers."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
+    five = 5 * pipe.unet.config.addition_time_embed_dim + pipe.text_encoder_2.config.projection_dim
+    pipe.unet.register_to_config(projection_class_embeddings_input_dim=five)
+    with pytest.raises(ConfigError, match="is told 5 numbers of a picture"):
+        teacher_of(pipe)
 
 
 def test_rows_of_conditions_can_be_picked_joined_and_dropped(tiny_sdxl):
@@ -96,14 +98,14 @@ def test_rows_of_conditions_can_be_picked_joined_and_dropped(tiny_sdxl):
 def test_paths_of_stock_schedulers():
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     ddim = DDIMScheduler(**betas, prediction_type="v_prediction", set_alpha_to_one=False)
-    path, prediction, offset = path_of(ddim)
-    assert (prediction, offset) == ("v_prediction", -1)
-    torch.testing.assert_close(path.alpha[1:] ** 2, ddim.alphas_cumprod.double(), rtol=1e-12, atol=0)
+    base = base_of_scheduler(ddim)
+    assert (base.prediction, base.index_offset) == ("v_prediction", -1)
+    torch.testing.assert_close(base.path.alpha[1:] ** 2, ddim.alphas_cumprod.double(), rtol=1e-12, atol=0)
     rescaled = DDIMScheduler(**betas, rescale_betas_zero_snr=True)
-    for path in (path_of(rescaled)[0], path_of(ddim, True)[0]):
+    for path in (base_of_scheduler(rescaled).path, base_of_scheduler(ddim, True).path):
         assert path.zero_terminal_snr
         torch.testing.assert_close(path.alpha[1:] ** 2, rescaled.alphas_cumprod.double(), rtol=1e-5, atol=1e-9)
-    assert path_of(EulerDiscreteScheduler(**betas, rescale_betas_zero_snr=True))[0].zero_terminal_snr
+    assert base_of_scheduler(EulerDiscreteScheduler(**betas, rescale_betas_zero_snr=True)).path.zero_terminal_snr
 
 
 @pytest.mark.parametrize(
@@ -115,8 +117,8 @@ def test_the_student_is_trained_on_the_path_that_it_is_sampled_on(options):
         given = {key: value for key, value in options.items() if kind is DDIMScheduler or key != "set_alpha_to_one"}
         stock = kind(**given)
         sampler = PeRFlowScheduler.from_config(stock.config, prediction_type="ddim_eps")
-        assert torch.equal(path_of(stock)[0].alpha, sampler.path.alpha)
-        assert torch.equal(path_of(stock)[0].sigma, sampler.path.sigma)
+        assert torch.equal(base_of_scheduler(stock).path.alpha, sampler.path.alpha)
+        assert torch.equal(base_of_scheduler(stock).path.sigma, sampler.path.sigma)
 
 
 class OtherLevels(DDIMScheduler):

@@ -7,8 +7,8 @@ import torch
 from live_tensors import live_bytes
 
 from perflow_training.buffer import SolvedWindows, WindowBuffer
-from perflow_training.conditions import Conditions
-from perflow_training.draws import Draws
+from perflow_training.rng import Draws
+from perflow_training.teacher.conditions import Conditions
 
 
 def solves(trajectories, first=0, windows=4, size=1):

@@ -33,9 +33,9 @@ def test_the_try_out_is_short_compiles_nothing_and_ends_with_a_picture():
 
 def test_overrides_win_over_the_file_and_keep_their_types():
     config = load_config(
-        CONFIGS / "miniature.yaml", ["max_train_steps=7", "learning_rate=1e-3", "guidance_scale=null"]
+        CONFIGS / "miniature.yaml", ["max_train_steps=7", "learning_rate=1e-3", "solve_guidance=null"]
     )
-    assert (config.max_train_steps, config.learning_rate, config.guidance_scale) == (7, 1e-3, None)
+    assert (config.max_train_steps, config.learning_rate, config.solve_guidance) == (7, 1e-3, None)
     assert config.window_weights == "measured"
 
 
@@ -55,8 +55,8 @@ def test_overrides_win_over_the_file_and_keep_their_types():
         ("train_captions=''", "none of `train_captions`, `train_data_dir`"),
         ("pretrained_model_name_or_path=''", "`pretrained_model_name_or_path` is not set"),
         ("train_data_dir=pictures", "Examples come from one of them"),
-        ("guidance_scale=[9, 5]", "two positive ones from low to high"),
-        ("guidance_scale=0", "must be positive"),
+        ("solve_guidance=[9, 5]", "two positive ones from low to high"),
+        ("solve_guidance=0", "must be positive"),
         ("rescale_betas_zero_snr=true", "for `prediction_type=velocity` only"),
         ("report_to=mlflow", "mlflow is none of tensorboard, wandb"),
         ("validation_steps=10", "needs `validation_prompts`"),
@@ -125,7 +125,7 @@ def test_shares_of_timesteps_make_one_whole():
         ("validation_prompts=[no, 5, 2024-01-01, a dog]", ["no", "5", "2024-01-01", "a dog"]),
         ("lora_target_modules=[on]", ["on"]),
         ("dataset_files=[1, no]", ["1", "no"]),
-        ("guidance_scale=[5, 9]", [5.0, 9.0]),
+        ("solve_guidance=[5, 9]", [5.0, 9.0]),
         ("learning_rate=5e-4", 5e-4),
         ("center_crop=yes", True),
         ("seed=010", 10),
@@ -160,7 +160,7 @@ def test_an_empty_value_is_an_empty_text_or_null():
 
 
 def test_a_config_survives_json():
-    config = load_config(CONFIGS / "miniature.yaml", ["guidance_scale=[5, 9]", "lora_rank=4"])
+    config = load_config(CONFIGS / "miniature.yaml", ["solve_guidance=[5, 9]", "lora_rank=4"])
     assert config_of(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -175,3 +175,12 @@ def test_launch_configs_are_what_accelerate_reads(name, kind):
         assert launch.fsdp_config["fsdp_version"] == 2
         blocks = set(launch.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(","))
         assert blocks <= {type(module).__name__ for module in load_miniature().unet.modules()}
+
+
+def test_a_former_name_of_an_option_is_still_read():
+    assert load_config(None, [*NEEDED, "guidance_scale=[5, 9]"]).solve_guidance == [5.0, 9.0]
+    old = {**load_config(None, NEEDED).to_dict(), "guidance_scale": 7.5}
+    del old["solve_guidance"]  # as a checkpoint of before has it
+    assert config_of(old).solve_guidance == 7.5
+    with pytest.raises(ConfigError, match="`guidance_scale` is the former name of `solve_guidance`, and both"):
+        load_config(None, [*NEEDED, "guidance_scale=7.5", "solve_guidance=7.5"])

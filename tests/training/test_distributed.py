@@ -23,7 +23,7 @@ TRAINING = Path(train_perflow.__file__).parent
 PARQUET = TRAINING / "miniature" / "data" / "thumbs-test.parquet"
 # Little guidance: a strong one amplifies the rounding of a solve, which differs with the batch size and the processor.
 OPTIONS = (
-    f"train_captions={PARQUET}", "data_starts=0.5", "guidance_scale=[2, 3]", "reuse=2", "max_train_steps=5",
+    f"train_captions={PARQUET}", "data_starts=0.5", "solve_guidance=[2, 3]", "reuse=2", "max_train_steps=5",
     "window_weights=measured", "lr_warmup_steps=2", "checkpointing_steps=5",
 )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from perflow_training.draws import Draws
+from perflow_training.rng import Draws
 
 
 def test_two_processes_draw_what_one_draws():

@@ -18,7 +18,7 @@ def unet(folder):
 
 
 def test_a_checkpoint_gives_what_the_run_gave(run, capsys):
-    out = run(*WARM, "guidance_scale=7.5")
+    out = run(*WARM, "solve_guidance=7.5")
     export_perflow.main([str(out), "--rank", "4"])
     exported = out / "checkpoint-2" / "export"
     assert "artifact: " in capsys.readouterr().out

@@ -49,7 +49,7 @@ def test_sdxl_from_pictures_in_aspect_buckets(run, tiny_sdxl, pictures):
     out = run(
         f"pretrained_model_name_or_path={tiny_sdxl}", "train_captions=", f"train_data_dir={pictures}", "resolution=16",
         "aspect_buckets=true", "bucket_step=8", "data_starts=0.5", "max_train_steps=6", "reuse=1", "buffer_size=64",
-        "guidance_scale=2.0", "gradient_checkpointing=true", "learning_rate=1e-3", "lr_warmup_steps=0",
+        "solve_guidance=2.0", "gradient_checkpointing=true", "learning_rate=1e-3", "lr_warmup_steps=0",
         "ema_decay=0.5",
     )  # fmt: skip
     assert all(sum(filter(None, line["loss"])) > 0 for line in logged(out))

@@ -10,7 +10,7 @@ from test_distributed import launch
 
 import precompute
 from perflow_diffusers.miniature import miniature_folder
-from perflow_training import feed
+from perflow_training import loader
 from perflow_training.data.order import permutation
 from perflow_training.trainer import Trainer
 
@@ -24,14 +24,14 @@ def bad(captions, monkeypatch):
     """The third caption in the order, of the second solve, for steps 3 and 4: its embeddings are no numbers."""
     captions.write_text("\n".join(TEXTS))
     number = int(permutation(0, 0, len(TEXTS))[2])
-    encode = feed.encode_prompts
+    encode = loader.encode_prompts
 
     def encoded(pipe, prompts, *args, **kwargs):
         cond = encode(pipe, prompts, *args, **kwargs)
         cond.embeds[[prompt == TEXTS[number] for prompt in prompts]] = float("nan")
         return cond
 
-    monkeypatch.setattr(feed, "encode_prompts", encoded)
+    monkeypatch.setattr(loader, "encode_prompts", encoded)
     return f"'{TEXTS[number]}' (captions.txt, caption {number + 1})"
 
 

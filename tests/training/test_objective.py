@@ -5,11 +5,11 @@ import torch
 
 from closed_form import GaussianWorld
 from perflow_diffusers.flow import NoisePath, Windows, coefficients
-from perflow_training.backbone import Backbone
 from perflow_training.buffer import SolvedWindows
-from perflow_training.conditions import Conditions
 from perflow_training.config import TrainingConfig
 from perflow_training.objective import (
+    Loss,
+    Solver,
     draw_timesteps,
     guidance_of,
     measure_window_costs,
@@ -18,6 +18,8 @@ from perflow_training.objective import (
     solve_trajectories,
     student_loss,
 )
+from perflow_training.teacher.backbone import Backbone
+from perflow_training.teacher.conditions import Conditions
 
 PATH = NoisePath.from_betas()
 WORLD = GaussianWorld(PATH)
@@ -44,7 +46,7 @@ def noise(seed=0):
 
 
 def solved(**options):
-    return solve_trajectories(TEACHER, WINDOWS, config(**options), noise(), COND, COND[:1])
+    return solve_trajectories(TEACHER, WINDOWS, Solver.of(config(**options)), noise(), COND, COND[:1])
 
 
 def test_trajectories_follow_the_closed_form_from_window_to_window():
@@ -62,7 +64,7 @@ def test_trajectories_follow_the_closed_form_from_window_to_window():
 def test_windows_from_data_start_on_the_diffusion_marginal():
     latents, eps = noise(1), noise(2)
     number = torch.tensor([0, 1, 2, 3] * 4)
-    windows = solve_from_data(TEACHER, WINDOWS, config(), latents, eps, number, COND, COND[:1])
+    windows = solve_from_data(TEACHER, WINDOWS, Solver.of(config()), latents, eps, number, COND, COND[:1])
     assert windows.start.tolist() == [1000, 750, 500, 250] * 4
     assert torch.equal(windows.start - windows.end, torch.full((16,), 250))
     abar = PATH.alpha[windows.start].reshape(-1, 1, 1, 1) ** 2
@@ -82,7 +84,7 @@ def test_the_ideal_student_has_no_loss_anywhere_in_a_window(prediction_type):
             PATH,
             exact,
             starts - back,
-            config(prediction_type=prediction_type),
+            Loss(prediction_type),
             torch.ones(16),
         )
         assert losses.max() < 1e-10
@@ -100,10 +102,10 @@ def test_loss_of_a_wrong_student_is_its_squared_error_times_the_weight():
         windows.cond,
     )
     off = torch.linspace(-1, 1, 256, dtype=torch.float64).reshape(4, 8, 8)
-    losses = student_loss(lambda *_: right + off, PATH, exact, windows.start, config(), weights)
+    losses = student_loss(lambda *_: right + off, PATH, exact, windows.start, Loss("ddim_eps"), weights)
     torch.testing.assert_close(losses, weights * off.pow(2).mean(), rtol=1e-5, atol=1e-6)
     huber = student_loss(
-        lambda *_: right + off, PATH, exact, windows.start, config(loss="pseudo_huber", huber_c=0.5), weights
+        lambda *_: right + off, PATH, exact, windows.start, Loss("ddim_eps", "pseudo_huber", 0.5), weights
     )
     torch.testing.assert_close(huber, weights * ((off.pow(2).mean() + 0.25).sqrt() - 0.5), rtol=1e-5, atol=1e-6)
 
@@ -112,7 +114,7 @@ def test_measured_window_weights_are_the_flow_s_amplification():
     """An error d in eps at window k is eta_k d at its end and eta_k d s_0 / s_e in the final latent."""
     world_student = Backbone(_Off(), PATH, "epsilon")
     final, loss = measure_window_costs(
-        world_student, TEACHER, WINDOWS, config(solver_steps=200), noise(), COND, COND[:1]
+        world_student, TEACHER, WINDOWS, Solver.of(config(solver_steps=200)), Loss("ddim_eps"), noise(), COND, COND[:1]
     )
     weights = final / loss
     weights = weights / weights.mean()
@@ -166,17 +168,17 @@ def test_discrete_timesteps_are_the_published_grid():
 def test_published_reweightings():
     """1 / clamp(1 - t, 0.1) / 2.3, and the window's start over (1 + K) / 2K."""
     start, timestep = torch.tensor([1000, 750, 500, 250]), torch.tensor([1000, 700, 400, 1])
-    got = sample_weights(config(reweighting_scheme="reciprocal"), WINDOWS, start, timestep, 1000)
+    got = sample_weights("reciprocal", WINDOWS, start, timestep, 1000)
     torch.testing.assert_close(got, 1 / torch.tensor([0.1, 0.3, 0.6, 0.999]) / 2.3)
-    got = sample_weights(config(reweighting_scheme="rcp_win"), WINDOWS, start, timestep, 1000)
+    got = sample_weights("rcp_win", WINDOWS, start, timestep, 1000)
     torch.testing.assert_close(got, torch.tensor([1, 0.75, 0.5, 0.25]) / (5 / 8))
-    assert sample_weights(config(), WINDOWS, start, timestep, 1000).tolist() == [1, 1, 1, 1]
+    assert sample_weights("none", WINDOWS, start, timestep, 1000).tolist() == [1, 1, 1, 1]
 
 
 def test_first_window_starts_on_pure_noise_if_asked():
     windows = solve_from_data(
-        TEACHER, WINDOWS, config(zero_snr=True, solver_steps=2), noise(1), noise(2), torch.tensor([0, 1] * 8), COND,
-        COND[:1],
+        TEACHER, WINDOWS, Solver.of(config(solver_steps=2)), noise(1), noise(2), torch.tensor([0, 1] * 8), COND,
+        COND[:1], zero_snr=True,
     )  # fmt: skip
     assert torch.equal(windows.z_start[::2], noise(2)[::2])
     assert torch.equal(windows.z_start[1::2], PATH.add_noise(noise(1), noise(2), 750)[1::2])
@@ -184,10 +186,10 @@ def test_first_window_starts_on_pure_noise_if_asked():
 
 def test_guidance_comes_from_the_range():
     uniform = torch.tensor([0.0, 0.5, 1.0])
-    assert guidance_of(config(guidance_scale=[5.0, 9.0]), uniform).tolist() == [5, 7, 9]
-    assert guidance_of(config(guidance_scale=7.5), uniform) == 7.5
-    assert guidance_of(config(guidance_scale=1.0), uniform) is None
-    assert guidance_of(config(), uniform) is None
+    assert guidance_of([5.0, 9.0], uniform).tolist() == [5, 7, 9]
+    assert guidance_of(7.5, uniform) == 7.5
+    assert guidance_of(1.0, uniform) is None
+    assert guidance_of(None, uniform) is None
 
 
 def test_guidance_is_the_classifier_free_combination():

@@ -12,8 +12,8 @@ from perflow_diffusers.io import writer
 from perflow_diffusers.miniature import miniature_folder
 from perflow_diffusers.weights import content_hash, open_weights
 from perflow_training.config import ConfigError, TrainingConfig, load_config
+from perflow_training.export import header, open_base, write_products
 from perflow_training.lazy import read_afresh
-from perflow_training.product import header, open_base, write_products
 from perflow_training.student import build_student, lora_config, trained
 
 LORA = {"lora_rank": 3, "lora_alpha": 6.0}
@@ -41,7 +41,7 @@ def lora_weights(pipe):
 
 def test_all_weights_are_the_student_bit_for_bit_and_the_delta_their_difference(pipe, tmp_path):
     weights = moved(load_miniature().unet)
-    options = config(guidance_scale=7.5)
+    options = config(solve_guidance=7.5)
     paths = write_products(options, weights, tmp_path)
     assert set(paths) == {"student", "delta"}
     student = UNet2DConditionModel.from_pretrained(paths["student"]).state_dict()

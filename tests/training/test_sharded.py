@@ -28,7 +28,7 @@ from perflow_training.student import values_in_place
 FSDP2 = Path(train_perflow.__file__).parent / "configs" / "accelerate" / "fsdp2.yaml"
 #: large steps, so that EMA and weights are far apart when validation changes them for each other
 OPTIONS = (
-    "max_train_steps=3", "learning_rate=2e-3", "lr_warmup_steps=0", "lr_scheduler=constant", "guidance_scale=2",
+    "max_train_steps=3", "learning_rate=2e-3", "lr_warmup_steps=0", "lr_scheduler=constant", "solve_guidance=2",
     "validation_prompts=[a dog]", "validation_samplings=[[4, 1]]", "validation_teacher_steps=2",
 )  # fmt: skip
 

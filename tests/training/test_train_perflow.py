@@ -13,20 +13,20 @@ from perflow_diffusers.demo import perflow_scheduler
 from perflow_diffusers.hub import ArtifactError, load_perflow
 from perflow_diffusers.weights import open_weights
 from perflow_training.config import load_config
-from perflow_training.product import header
+from perflow_training.export import header
 from perflow_training.run_folder import checkpoints
 from perflow_training.trainer import Trainer
 
 
 def test_student_delta_and_log_come_out(run):
     out = run(
-        "max_train_steps=3", "guidance_scale=7.5", "ema_decay=0.0", "lr_warmup_steps=0", "window_weights=measured"
+        "max_train_steps=3", "solve_guidance=7.5", "ema_decay=0.0", "lr_warmup_steps=0", "window_weights=measured"
     )
     student = UNet2DConditionModel.from_pretrained(out / "unet").state_dict()
     delta = open_weights(out / "perflow.safetensors")
     assert delta.metadata["prediction_type"] == "ddim_eps"
     assert (delta.metadata["num_time_windows"], json.loads(delta.metadata["recommended_steps"])) == ("4", [4, 8])
-    assert json.loads(delta.metadata["guidance_scale"]) == 7.5
+    assert json.loads(delta.metadata["solve_guidance"]) == 7.5
     pipe = load_miniature()
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     moved = max(float((student[name] - before[name]).abs().max()) for name in student)
@@ -50,7 +50,7 @@ def test_a_student_that_does_not_move_is_the_teacher(run):
 def test_training_lowers_the_loss_it_reports(run):
     """More steps on one caption's windows, all kept: the student learns them."""
     out = run("max_train_steps=30", "reuse=1000", "timestep_starts=1.0", "learning_rate=1e-3", "lr_warmup_steps=0",
-              "lr_scheduler=constant", "caption_dropout=0.0", "train_batch_size=16", "guidance_scale=7.5")  # fmt: skip
+              "lr_scheduler=constant", "caption_dropout=0.0", "train_batch_size=16", "solve_guidance=7.5")  # fmt: skip
     losses = [sum(filter(None, json.loads(line)["loss"])) for line in (out / "log.jsonl").read_text().splitlines()]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 

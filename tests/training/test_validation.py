@@ -11,7 +11,7 @@ from PIL import Image, ImageFont
 from closed_form import GaussianWorld
 from perflow_diffusers import load_miniature
 from perflow_diffusers.flow import NoisePath, Windows, coefficients
-from perflow_training.backbone import Backbone
+from perflow_training.teacher.backbone import Backbone
 from perflow_training.validation import picture_grid, straightness
 
 PATH = NoisePath.from_betas()

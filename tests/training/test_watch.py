@@ -7,12 +7,12 @@ import torch
 
 from closed_form import GaussianWorld
 from perflow_diffusers.flow import NoisePath
-from perflow_training.backbone import Backbone
 from perflow_training.buffer import SolvedWindows
-from perflow_training.conditions import Conditions
 from perflow_training.config import TrainingConfig
-from perflow_training.objective import student_loss
-from perflow_training.watch import TrainingStopped, Watch, answers_zero, check_start, expectation
+from perflow_training.diagnostics import TrainingStopped, Watch, answers_zero, check_start, expectation
+from perflow_training.objective import Loss, student_loss
+from perflow_training.teacher.backbone import Backbone
+from perflow_training.teacher.conditions import Conditions
 
 PATH = NoisePath.from_betas()
 
@@ -54,7 +54,7 @@ def test_answering_zero_loses_the_mean_squared_target():
     ideal = world.student(z, 750, 750, 500, "ddim_eps")
     start = torch.full((8,), 750)
     solved = SolvedWindows(z, world.flow(z, 750, 500), start, start - 250, Conditions(torch.zeros(8, 1, 1)))
-    losses = student_loss(answers_zero, PATH, solved, start, TrainingConfig(), torch.ones(8))
+    losses = student_loss(answers_zero, PATH, solved, start, Loss("ddim_eps"), torch.ones(8))
     torch.testing.assert_close(losses.double(), ideal.pow(2).mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
 
 

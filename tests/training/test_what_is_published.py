@@ -13,7 +13,7 @@ from perflow_diffusers import compute_delta, load_miniature
 from perflow_diffusers.miniature import miniature_folder
 from perflow_training.compiling import can_compile
 from perflow_training.config import TrainingConfig
-from perflow_training.product import header, recipe
+from perflow_training.export import header, recipe
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["max_train_steps=2", "logging_steps=1", "buffer_size=16", "solve_batch_size=8", "train_batch_size=4",

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from perflow_diffusers.words.shown import shown
-
-from .conditions import Conditions
-from .draws import Draws
+from perflow_training.rng import Draws
+from perflow_training.teacher.conditions import Conditions
 
 
 @shown
@@ -42,15 +41,15 @@ class SolvedWindows:
 
 
 @dataclass(frozen=True, eq=False)
-class _Shelf:
-    """The solves of one picture size; `lanes` (number of lanes, windows a lane): rows of them, end to end.
+class _Bucket:
+    """The solves of one picture size; `strata` (number of strata, windows of each): rows of them, end to end.
 
     They are never joined, which would hold every window twice. `start`, `end`: of all rows; `solve`, `row`, `cond`:
     each row's solve, and its place in that and in its conditions.
     """
 
     solves: list[SolvedWindows]
-    lanes: Tensor
+    strata: Tensor
     start: Tensor
     end: Tensor
     solve: Tensor
@@ -95,8 +94,8 @@ class WindowBuffer:
     Holds at least one solve and at most `size` windows (a solve is never split). After each `reuse`-th part of the
     buffer's uses a new solve replaces the oldest one, so that on average a window is drawn `reuse` times.
 
-    The trajectories of a solve and the samples of a batch are dealt to lanes, and a sample draws from its lane only.
-    The lanes are those of the global batch: which processes share them changes nothing, and no window has to travel.
+    The trajectories of a solve and the samples of a batch are shared out among strata; a sample draws from its own.
+    The strata are those of the global batch: which processes share them changes nothing, and no window has to travel.
     """
 
     def __init__(
@@ -104,8 +103,8 @@ class WindowBuffer:
     ) -> None:
         self.solve, self.size, self.reuse, self.draws, self.trajectories = solve, size, reuse, draws, trajectories
         self.solves: list[SolvedWindows] = []
-        self.shelves: list[_Shelf] = []
-        self.lanes = 0  # of this process
+        self.buckets: list[_Bucket] = []
+        self.strata = 0  # of this process
         self.credit = 0  # windows that may still be drawn before the next solve
         self.solved = 0  # windows
         self.number = 0  # solves
@@ -115,17 +114,17 @@ class WindowBuffer:
 
     def batch(self, count: int, step: int) -> SolvedWindows:
         """`count` windows, the same ones for the same `step`."""
-        lanes = math.gcd(count, self.trajectories)
+        strata = math.gcd(count, self.trajectories)
         while self.credit < count:
             self.add(self.solve(self.number))
-        if lanes != self.lanes:
-            self.lanes = lanes
+        if strata != self.strata:
+            self.strata = strata
             self._arrange()
         self.credit -= count
-        shelf = self._shelf(step)
-        lane = torch.arange(count) * lanes // count
-        place = (self.draws.uniform("window", step, count) * shelf.lanes.shape[1]).long()
-        return shelf[shelf.lanes[lane, place]]
+        bucket = self._bucket(step)
+        stratum = torch.arange(count) * strata // count
+        place = (self.draws.uniform("window", step, count) * bucket.strata.shape[1]).long()
+        return bucket[bucket.strata[stratum, place]]
 
     def add(self, fresh: SolvedWindows) -> None:
         """Puts a solve in and the oldest ones out."""
@@ -135,40 +134,40 @@ class WindowBuffer:
         self.number += 1
         self.solved += len(fresh)
         self.credit += self.reuse * len(fresh)
-        if self.lanes:
+        if self.strata:
             self._arrange()
 
-    def _shelf(self, step: int) -> _Shelf:
+    def _bucket(self, step: int) -> _Bucket:
         """A batch has one picture size, drawn by how many windows there are of each."""
-        if len(self.shelves) == 1:
-            return self.shelves[0]
+        if len(self.buckets) == 1:
+            return self.buckets[0]
         rest = self.draws.shared("size", step) * len(self)
-        for shelf in self.shelves:
-            rest -= len(shelf)
+        for bucket in self.buckets:
+            rest -= len(bucket)
             if rest < 0:
-                return shelf
-        return self.shelves[-1]
+                return bucket
+        return self.buckets[-1]
 
     def _arrange(self) -> None:
         sizes: dict[tuple[int, ...], list[SolvedWindows]] = {}
         for solve in self.solves:
             sizes.setdefault(tuple(solve.z_start.shape[1:]), []).append(solve)
-        self.shelves = []
+        self.buckets = []
         for solves in sizes.values():
             lengths = torch.tensor([len(solve) for solve in solves])
             row = torch.cat([torch.arange(len(solve)) for solve in solves])
-            # rows are window after window; a trajectory's number decides its lane
-            lane = torch.arange(len(row)) % self.trajectories * self.lanes // self.trajectories
-            shelf = _Shelf(
+            # rows are window after window; a trajectory's number decides its stratum
+            stratum = torch.arange(len(row)) % self.trajectories * self.strata // self.trajectories
+            bucket = _Bucket(
                 solves,
-                lane.argsort(stable=True).reshape(self.lanes, -1),
+                stratum.argsort(stable=True).reshape(self.strata, -1),
                 torch.cat([solve.start for solve in solves]),
                 torch.cat([solve.end for solve in solves]),
                 torch.arange(len(solves)).repeat_interleave(lengths),
                 row,
                 row % torch.tensor([len(solve.cond) for solve in solves]).repeat_interleave(lengths),
             )
-            self.shelves.append(shelf)
+            self.buckets.append(bucket)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, JSON) of all that the next batches depend on."""
@@ -196,7 +195,7 @@ class WindowBuffer:
                 )
             )  # fmt: skip
         self.credit, self.solved, self.number = counts["credit"], counts["solved"], counts["number"]
-        if self.lanes:
+        if self.strata:
             self._arrange()
 
 

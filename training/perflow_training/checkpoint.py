@@ -1,7 +1,6 @@
 """Checkpoints that appear only when they are complete, and from which a run goes on as if it had not been stopped."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,14 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
+from perflow_diffusers.io.atomic import sync, sync_folder
 from perflow_diffusers.io.writer import specs_of, write_safetensors
-
-from .config import ConfigError, TrainingConfig, config_of
-from .lazy import read_afresh
-from .manifest import entries, files_of, write_manifest
-from .processes import FailedSomewhere, on_all
-from .run_folder import STATE, checkpoint_name, keep_newest, put_in_place, write_time
-from .student import load_trained, trained
+from perflow_training.config import ConfigError, TrainingConfig, config_of
+from perflow_training.lazy import read_afresh
+from perflow_training.manifest import entries, files_of, write_manifest
+from perflow_training.processes import FailedSomewhere, on_all
+from perflow_training.run_folder import STATE, checkpoint_name, keep_newest, put_in_place, write_time
+from perflow_training.student import load_trained, trained
 
 CONFIG, EMA, STUDENT = "config.json", "ema.safetensors", "student.safetensors"
 
@@ -90,9 +89,9 @@ def save_checkpoint(
         if main:
             write_manifest(temporary, files, write_time(out))
             readable(temporary, temporary / STATE)
-            _sync(temporary)
+            sync(temporary)
             put_in_place(temporary, out / checkpoint_name(step))
-            _sync_one(out)
+            sync_folder(out)
 
     try:
         on_all(accelerator, begin)
@@ -164,6 +163,11 @@ def whole(value: Tensor | float) -> Tensor | float:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
+def number_of(value: Tensor | float | None) -> float | None:
+    """The same as a number, which waits for the device."""
+    return None if value is None else float(whole(value))
+
+
 @torch.no_grad()
 def copy_into(target: Tensor, value: Tensor) -> None:
     """A whole tensor into a plain or sharded one."""
@@ -190,17 +194,3 @@ def _not_written(out: Path, step: int, error: Exception) -> str:
 
 def _windows_name(accelerator: Accelerator) -> str:
     return f"windows-{accelerator.process_index:05d}.safetensors"
-
-
-def _sync(folder: Path) -> None:
-    """Makes the files survive a power cut before the rename says that they are there."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin
 
-from .config import CHOICES, ConfigError, TrainingConfig, trackers
+from perflow_training.config import CHOICES, ConfigError, TrainingConfig, trackers
 
 logger = logging.getLogger(__name__)
 #: what `accelerate launch` sets where it is told to use these, and what they are

@@ -8,69 +8,75 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from .checkpoint import whole
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from perflow_diffusers.io.atomic import write_whole
 
 logger = logging.getLogger(__name__)
 
 
 class StepLog:
-    """Losses since the last look, kept on the device: nothing waits for a number in between."""
+    """Losses since the last look, kept on the device: nothing waits for a number in between.
 
-    def __init__(self, trainer: "Trainer"):
-        self.trainer, self.count = trainer, trainer.windows.num_windows
-        self.steps, self.began, self.solved_before = 0, time.perf_counter(), trainer.solve_seconds
-        self.sums = torch.zeros(2, self.count, device=trainer.accelerator.device)
+    `weights` (K,): of the windows' losses. `solve_seconds`: what solving has cost so far.
+    """
+
+    def __init__(self, accelerator: Accelerator, weights: Tensor, solve_seconds: float = 0.0):
+        self.accelerator, self.weights = accelerator, weights
+        self.steps, self.began, self.solved_before = 0, time.perf_counter(), solve_seconds
+        self.sums = torch.zeros(2, len(weights), device=accelerator.device)
 
     def add(self, index: Tensor, losses: Tensor) -> None:
         place = index.to(losses.device)
         self.sums[0].index_add_(0, place, losses.float())
         self.sums[1].index_add_(0, place, torch.ones_like(losses, dtype=torch.float32))
 
-    def _losses(self) -> tuple[list[float | None], float]:
+    def losses(self) -> tuple[list[float | None], float]:
         """(mean loss of each window, None without samples; number of samples); all processes must call this.
 
         The windows' weights are taken out, so that the numbers are those of the untrained student that were printed.
         """
-        loss, count = self.trainer.accelerator.reduce(self.sums, "sum").cpu()
-        mean = (loss / self.trainer.weights / count.clamp(min=1)).tolist()
+        loss, count = self.accelerator.reduce(self.sums, "sum").cpu()
+        mean = (loss / self.weights / count.clamp(min=1)).tolist()
         return [value if n else None for value, n in zip(mean, count.tolist(), strict=True)], float(count.sum())
 
     def weighted(self, losses: list[float | None]) -> list[float | None]:
         """The losses as they are trained on."""
-        weights = self.trainer.weights.tolist()
+        weights = self.weights.tolist()
         return [None if x is None else x * weight for x, weight in zip(losses, weights, strict=True)]
 
-    def check(self, norm: Tensor | float | None) -> None:
-        """Raises TrainingStopped rather than let a checkpoint of broken weights replace a good one."""
-        self.trainer.watch.finite(self.trainer.step, self._losses()[0], None if norm is None else float(whole(norm)))
-
-    def take(self, norm: Tensor | float | None) -> dict:
-        """The values of one log line; starts anew. The loss of a window without samples is None."""
-        trainer = self.trainer
-        losses, count = self._losses()
+    def take(self, norm: float | None, solve_seconds: float, **others: float) -> dict:
+        """The values of one log line, with `others`; starts anew. The loss of a window without samples is None."""
+        losses, count = self.losses()
         seconds = time.perf_counter() - self.began
         values = {
             "loss": losses,
-            "grad_norm": None if norm is None else float(whole(norm)),
-            "learning_rate": trainer.schedule.get_last_lr()[0],
-            "solve_seconds": trainer.solve_seconds,
-            "solve_share": (trainer.solve_seconds - self.solved_before) / seconds,
-            "solved": trainer.buffer.solved,
+            "grad_norm": norm,
+            "solve_seconds": solve_seconds,
+            "solve_share": (solve_seconds - self.solved_before) / seconds,
             "samples_per_second": count / seconds,
-            **trainer.feed.describe(),
-            **trainer.nonfinite.describe(),
+            **others,
         }
         self.sums.zero_()
-        self.steps, self.began, self.solved_before = 0, time.perf_counter(), trainer.solve_seconds
+        self.steps, self.began, self.solved_before = 0, time.perf_counter(), solve_seconds
         return values
+
+
+def to_trackers(accelerator: Accelerator, step: int, values: dict, names: str) -> None:
+    """Hands a line of the log to the trackers `names`, a number a window; a full disk is no reason to end a run."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            flat |= {f"{name}/window_{i}": item for i, item in enumerate(value, 1) if item is not None}
+        elif value is not None:
+            flat[name] = value
+    try:
+        accelerator.log(flat, step=step)
+    except OSError as error:
+        logger.warning("`report_to=%s` could not be written to (%s).", names, error)
 
 
 def append_log(path: Path, resumed_at: int) -> Callable[[int, dict], None]:
@@ -81,9 +87,7 @@ def append_log(path: Path, resumed_at: int) -> Callable[[int, dict], None]:
     """
     if resumed_at and path.is_file():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_at]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, path)
+        write_whole(path, "".join(f"{line}\n" for line in kept))
     elif path.is_file() and path.stat().st_size:
         number = 1
         while (older := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():

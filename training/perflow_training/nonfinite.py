@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from .checkpoint import whole
-from .watch import NotFinite, TrainingStopped, listed
+from perflow_training.checkpoint import whole
+from perflow_training.diagnostics import NotFinite, TrainingStopped, listed
 
 logger = logging.getLogger(__name__)
 KEPT = 1000  # steps

@@ -1,19 +1,54 @@
 """What the student learns: solved windows of the teacher, points on their chords, the loss and its window weights."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from perflow_diffusers.flow import NoisePath, Windows, euler, interpolate, solve, target
-
-from .backbone import Backbone
-from .buffer import SolvedWindows
-from .conditions import Conditions
-from .config import ConfigError, TrainingConfig
+from perflow_training.buffer import SolvedWindows
+from perflow_training.config import ConfigError, TrainingConfig
+from perflow_training.teacher.backbone import Backbone
+from perflow_training.teacher.conditions import Conditions
 
 Guidance = float | Tensor | None
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How the teacher's windows are solved: `method`, `steps` a window and `spacing` as `flow.solve` has them."""
+
+    method: str
+    steps: int
+    spacing: str
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> "Solver":
+        return cls(config.solver, config.solver_steps, config.solver_spacing)
+
+    def __call__(
+        self, predict: Callable, teacher: Backbone, z: Tensor, start: int | Tensor, end: int | Tensor
+    ) -> Tensor:
+        """The state at `end`, like z (B, C, H, W), of the flow of `predict` that is at z at `start`."""
+        return solve(
+            predict, teacher.path, z, start, end, self.steps,
+            method=self.method, prediction=teacher.prediction, spacing=self.spacing,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the student's output is compared with (`prediction_type`) and how: `kind` is l2 or pseudo_huber."""
+
+    prediction_type: str
+    kind: str = "l2"
+    huber_c: float = 0.03
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> "Loss":
+        return cls(config.prediction_type, config.loss, config.huber_c)
 
 
 def windows_of(config: TrainingConfig, num_train_timesteps: int) -> Windows:
@@ -33,9 +68,8 @@ def windows_of(config: TrainingConfig, num_train_timesteps: int) -> Windows:
     return Windows(tuple(given))
 
 
-def guidance_of(config: TrainingConfig, uniform: Tensor) -> Guidance:
+def guidance_of(scale: float | list[float] | None, uniform: Tensor) -> Guidance:
     """None, the number, or one number of the range for each of `uniform` (B,) in 0..1."""
-    scale = config.guidance_scale
     if isinstance(scale, list):
         return scale[0] + (scale[1] - scale[0]) * uniform
     return None if scale == 1.0 else scale
@@ -45,7 +79,7 @@ def guidance_of(config: TrainingConfig, uniform: Tensor) -> Guidance:
 def solve_trajectories(
     teacher: Backbone,
     windows: Windows,
-    config: TrainingConfig,
+    solver: Solver,
     noise: Tensor,
     cond: Conditions,
     uncond: Conditions,
@@ -55,7 +89,7 @@ def solve_trajectories(
     predict = teacher.guided(uncond, cond, guidance)
     states = [noise]
     for start, end in pairwise(windows.boundaries):
-        states.append(_solve(predict, teacher, config, states[-1], start, end))
+        states.append(solver(predict, teacher, states[-1], start, end))
     bounds = torch.tensor(windows.boundaries)
     start, end = (part.repeat_interleave(len(noise)) for part in (bounds[:-1], bounds[1:]))
     return SolvedWindows(torch.cat(states[:-1]), torch.cat(states[1:]), start, end, cond)
@@ -65,30 +99,27 @@ def solve_trajectories(
 def solve_from_data(
     teacher: Backbone,
     windows: Windows,
-    config: TrainingConfig,
+    solver: Solver,
     latents: Tensor,
     noise: Tensor,
     number: Tensor,
     cond: Conditions,
     uncond: Conditions,
     guidance: Guidance = None,
+    zero_snr: bool = False,
 ) -> SolvedWindows:
-    """Window `number` (B,) of each sample, started on the noised `latents` (B, C, H, W), as in the paper."""
+    """Window `number` (B,) of each sample, started on the noised `latents` (B, C, H, W), as in the paper.
+
+    `zero_snr`: in the first window on pure noise, as sampling starts.
+    """
     bounds = torch.tensor(windows.boundaries)
     start, end = bounds[number], bounds[number + 1]
     z = teacher.path.add_noise(latents, noise, start)
-    if config.zero_snr:
+    if zero_snr:
         first = (start == teacher.path.num_train_timesteps).to(z.device).reshape(-1, 1, 1, 1)
         z = torch.where(first, noise, z)
-    z_end = _solve(teacher.guided(uncond, cond, guidance), teacher, config, z, start, end)
+    z_end = solver(teacher.guided(uncond, cond, guidance), teacher, z, start, end)
     return SolvedWindows(z, z_end, start, end, cond)
-
-
-def _solve(predict, teacher: Backbone, config: TrainingConfig, z: Tensor, start, end) -> Tensor:
-    return solve(
-        predict, teacher.path, z, start, end, config.solver_steps,
-        method=config.solver, prediction=teacher.prediction, spacing=config.solver_spacing,
-    )  # fmt: skip
 
 
 def draw_timesteps(
@@ -109,11 +140,11 @@ def draw_timesteps(
     return torch.where(uniform[2] < starts, start, torch.where(uniform[2] < starts + grid, middle, anywhere))
 
 
-def sample_weights(config: TrainingConfig, windows: Windows, start: Tensor, timestep: Tensor, total: int) -> Tensor:
-    """(B,) weights of the published `reweighting_scheme`; `total` is N."""
-    if config.reweighting_scheme == "reciprocal":
+def sample_weights(scheme: str, windows: Windows, start: Tensor, timestep: Tensor, total: int) -> Tensor:
+    """(B,) weights of the published `reweighting_scheme` none, reciprocal or rcp_win; `total` is N."""
+    if scheme == "reciprocal":
         return 1 / (1 - timestep / total).clamp(min=0.1) / 2.3
-    if config.reweighting_scheme == "rcp_win":
+    if scheme == "rcp_win":
         mean = sum(windows.boundaries[:-1]) / windows.num_windows
         return start / mean
     return torch.ones(len(start))
@@ -124,15 +155,15 @@ def student_loss(
     path: NoisePath,
     batch: SolvedWindows,
     timestep: Tensor,
-    config: TrainingConfig,
+    loss: Loss,
     weights: Tensor,
 ) -> Tensor:
     """(B,) weighted losses of the student at points on the chords; `weights` (B,)."""
     z = interpolate(batch.z_start, batch.z_end, batch.start, batch.end, timestep)
-    wanted = target(path, config.prediction_type, batch.z_start, batch.z_end, batch.start, batch.end)
+    wanted = target(path, loss.prediction_type, batch.z_start, batch.z_end, batch.start, batch.end)
     error = (student(z, timestep, batch.cond).float() - wanted).pow(2).mean((1, 2, 3))
-    if config.loss == "pseudo_huber":
-        error = (error + config.huber_c**2).sqrt() - config.huber_c
+    if loss.kind == "pseudo_huber":
+        error = (error + loss.huber_c**2).sqrt() - loss.huber_c
     return weights.to(error.device) * error
 
 
@@ -141,7 +172,8 @@ def measure_window_costs(
     student: Backbone,
     teacher: Backbone,
     windows: Windows,
-    config: TrainingConfig,
+    solver: Solver,
+    loss: Loss,
     noise: Tensor,
     cond: Conditions,
     uncond: Conditions,
@@ -152,16 +184,36 @@ def measure_window_costs(
     The untrained student takes one step through window k of the teacher's trajectory and the teacher goes on exactly.
     The ratio of the rows says how much a unit of each window's loss costs in the final latent.
     """
-    exact = solve_trajectories(teacher, windows, config, noise, cond, uncond, guidance)
+    exact = solve_trajectories(teacher, windows, solver, noise, cond, uncond, guidance)
     count, path = len(noise), teacher.path
     predict = teacher.guided(uncond, cond, guidance)
     final, costs = exact.z_end[-count:], []
     for k, (start, end) in enumerate(pairwise(windows.boundaries)):
         part = exact[torch.arange(k * count, (k + 1) * count)]
-        loss = student_loss(student, path, part, part.start, config, torch.ones(count)).mean()
-        a, b = (float(c) for c in euler(path, config.prediction_type, start, end, start, end))
+        own = student_loss(student, path, part, part.start, loss, torch.ones(count)).mean()
+        a, b = (float(c) for c in euler(path, loss.prediction_type, start, end, start, end))
         z = a * part.z_start + b * student(part.z_start, part.start, cond)
         for later, next_end in pairwise(windows.boundaries[k + 1 :]):
-            z = _solve(predict, teacher, config, z, later, next_end)
-        costs.append(torch.stack([(z - final).pow(2).mean(), loss]))
+            z = solver(predict, teacher, z, later, next_end)
+        costs.append(torch.stack([(z - final).pow(2).mean(), own]))
     return torch.stack(costs, dim=1)
+
+
+def per_window(count: int, index: Tensor, *rows: Tensor) -> Tensor:
+    """(len(rows), count) sums of each row's values (B,) by window, of numbers `index` (B,)."""
+    sums = torch.zeros(len(rows), count)
+    for total, row in zip(sums, rows, strict=True):
+        total.index_add_(0, index, row.float())
+    return sums
+
+
+def window_weights(asked: str | list[float], count: int, measure: Callable[[], Tensor]) -> Tensor:
+    """(count,) loss weights of mean 1: equal, measured, or those given; `measure` is `measure_window_costs`."""
+    if asked == "equal":
+        return torch.ones(count)
+    if asked == "measured":
+        final, loss = measure()
+        given = final / loss
+    else:
+        given = torch.tensor(asked, dtype=torch.float32)
+    return given / given.mean()

@@ -14,7 +14,7 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from .config import ConfigError
+from perflow_training.config import ConfigError
 
 T = TypeVar("T")
 LOCK = ".perflow-run.lock"

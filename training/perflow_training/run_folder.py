@@ -9,8 +9,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import ConfigError, TrainingConfig
-from .manifest import MANIFEST, damage, read_manifest
+from perflow_diffusers.io.atomic import write_whole
+from perflow_training.config import ConfigError, TrainingConfig
+from perflow_training.manifest import MANIFEST, damage, read_manifest
 
 logger = logging.getLogger(__name__)
 STATE, FINISHED = "trainer_state.json", "finished.json"
@@ -171,10 +172,7 @@ def finished(output_dir: str | Path) -> dict | None:
 
 def mark_finished(output_dir: str | Path, step: int) -> None:
     """Says that the product of `step` is complete."""
-    path = Path(output_dir) / FINISHED
-    temporary = path.with_name(f".{FINISHED}.tmp")
-    temporary.write_text(json.dumps({"step": step}), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(Path(output_dir) / FINISHED, json.dumps({"step": step}))
 
 
 def begin_branch(output_dir: str | Path, step: int) -> None:

@@ -5,14 +5,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim.lr_scheduler import LRScheduler
 
 from perflow_diffusers.weights import open_weights
-
-from .config import ConfigError, TrainingConfig
+from perflow_training.config import ConfigError, TrainingConfig
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -129,3 +132,30 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Op
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
     )
+
+
+def make_learner(
+    teacher: nn.Module, config: TrainingConfig, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer, LRScheduler]:
+    """(student, optimiser, learning-rate schedule), ready for a run; `teacher` is put in its place and frozen."""
+    dtype = DTYPES[accelerator.mixed_precision]
+    teacher.to(accelerator.device)
+    if config.lora_rank:  # the student shares the frozen weights
+        _cast(teacher, dtype)
+    student = build_student(teacher, config, share=accelerator.distributed_type != DistributedType.FSDP)
+    _cast(teacher, dtype).eval().requires_grad_(False)
+    network, optimizer = accelerator.prepare(student, make_optimizer(student, config))
+    # not prepared: accelerate would step it once for each process, and the schedule would depend on their number
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        getattr(optimizer, "optimizer", optimizer),
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
+    accelerator.register_for_checkpointing(schedule)
+    return network, optimizer, schedule
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`network.to(dtype)`, which diffusers comments on even where nothing is to be done."""
+    return network if network.dtype == dtype else network.to(dtype)

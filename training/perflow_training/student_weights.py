@@ -9,8 +9,7 @@ from torch import Tensor
 from perflow_diffusers.weights import WeightSource
 from perflow_diffusers.weights.read.lora import as_delta
 from perflow_diffusers.weights.read.lora_layers import ADAPTER_METADATA, adapter_metadata
-
-from .config import TrainingConfig
+from perflow_training.config import TrainingConfig
 
 
 def student_weights(config: TrainingConfig, base: WeightSource, trained: WeightSource) -> WeightSource:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from perflow_diffusers import PeRFlowScheduler
 from perflow_diffusers.flow import Windows, euler
-
-from .backbone import Backbone, decode_latents, encode_prompts
-from .config import TrainingConfig
-from .stopping import Stopped, Stopping
+from perflow_training.config import TrainingConfig
+from perflow_training.stopping import Stopped, Stopping
+from perflow_training.teacher.backbone import Backbone
+from perflow_training.teacher.encode import decode_latents, encode_prompts, latent_size
 
 logger = logging.getLogger(__name__)
 SIDE = 128  # pixels at least of a picture's width
@@ -89,7 +89,7 @@ class Validation:
         pipe.set_progress_bar_config(disable=True)
         columns: dict[str, list[Image.Image]] = {}
         for steps, scale in sorted(config.validation_samplings, key=lambda pair: pair[1]):
-            self._add_teacher(columns, scale if config.solve_guidance is None else config.solve_guidance)
+            self._add_teacher(columns, scale if config.mean_guidance is None else config.mean_guidance)
             columns[f"{int(steps)} @ {scale:g}"] = self._draw(pipe, int(steps), scale)
         if self.accelerator.is_main_process:
             grid = picture_grid(columns)
@@ -173,5 +173,4 @@ def picture_grid(columns: dict[str, list[Image.Image]]) -> Image.Image:
 def _latent_size(pipe: DiffusionPipeline, config: TrainingConfig) -> tuple[int, int]:
     if config.resolution:
         return (config.resolution // pipe.vae_scale_factor,) * 2
-    size = pipe.unet.config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return latent_size(pipe.unet.config)

@@ -10,10 +10,12 @@ from tiny_pictures import make_folder
 
 from perflow_diffusers import load_miniature
 from perflow_diffusers.miniature import miniature_folder
-from perflow_training.data import DataError, DataOptions, open_examples, time_ids
+from perflow_training.data import DataError, DataOptions, open_examples
 from perflow_training.data.cache_writer import write_cache
 from perflow_training.data.cached import CachedStream
-from perflow_training.data.encoders import Encoders, model_identity, pipeline_encoders, to_latents
+from perflow_training.data.identity import model_identity
+from perflow_training.teacher.conditions import time_ids
+from perflow_training.teacher.encode import Encoders, pipeline_encoders, to_latents
 
 BUCKETS = {"aspect_buckets": True, "bucket_step": 8, "bucket_max_ratio": 3.0}
 
@@ -115,7 +117,7 @@ def test_time_ids_stand_in_sdxls_order(tmp_path):
     prompts = CachedStream(with_prompts_only, seed=0, with_images=False).batch(2)
     assert prompts.add_time_ids.tolist() == [[16, 16, 0, 0, 16, 16]] * 2
     batch = CachedStream(options, seed=0, with_images=True).batch(2)
-    assert torch.equal(batch.add_time_ids, torch.stack([time_ids(example) for example in direct]))
+    assert torch.equal(batch.add_time_ids, time_ids([example.sizes for example in direct]))
     assert batch.add_time_ids.tolist() == [[20, 50, 0, 12, 16, 16]] * 2
 
 

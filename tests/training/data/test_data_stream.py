@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from tiny_pictures import make_folder, numbers, picture
 
-from perflow_training.data import DataError, DataOptions, open_examples, time_ids
+from perflow_training.data import DataError, DataOptions, open_examples
 from perflow_training.data.order import permutation
+from perflow_training.teacher.conditions import time_ids
 
 SHAPES = ((20, 24), (16, 40), (40, 16))
 BUCKETS = {"resolution": 32, "aspect_buckets": True, "bucket_step": 8, "bucket_max_ratio": 3.0}
@@ -110,7 +111,7 @@ def test_examples_say_how_they_were_cropped(folder_options):
         )
         mirrored += torch.equal(example.image, flipped)
         assert torch.equal(example.image, plain) != torch.equal(example.image, flipped)
-        assert time_ids(example).tolist() == [20, 50, 0, left, 16, 16]
+        assert time_ids([example.sizes]).tolist() == [[20, 50, 0, left, 16, 16]]
     assert 1 <= mirrored <= 11
 
 

@@ -10,7 +10,7 @@ import precompute
 from perflow_diffusers.miniature import miniature_folder
 from perflow_training.data import DataOptions
 from perflow_training.data.cached import CachedStream
-from perflow_training.data.encoders import model_identity
+from perflow_training.data.identity import model_identity
 
 MODEL = str(miniature_folder() / "avatars")
 

@@ -1,10 +1,11 @@
 """Examples for training: from folders, tables, streams, tar shards and captions, or from a cache of encoded ones."""
 
-from .buckets import bucket_sizes, nearest_bucket
-from .example import Example, time_ids
-from .options import DataError, DataOptions
-from .report import DataReport
-from .stream import ExampleStream, open_examples
+from perflow_training.config.data import DataOptions
+from perflow_training.data.buckets import bucket_sizes, nearest_bucket
+from perflow_training.data.example import Example
+from perflow_training.data.report import DataReport
+from perflow_training.data.stream import ExampleStream, open_examples
+from perflow_training.errors import DataError
 
 __all__ = [
     "DataError",
@@ -15,5 +16,4 @@ __all__ = [
     "bucket_sizes",
     "nearest_bucket",
     "open_examples",
-    "time_ids",
 ]

@@ -11,15 +11,25 @@ from torch import Tensor
 
 from perflow_diffusers.io.repository import file_sha256
 from perflow_diffusers.io.writer import specs_of, write_safetensors
-
-from .encoders import Encoders
-from .example import Example, time_ids
-from .manifest import EMPTY_PROMPT, FORMAT, OPTIONS, check_files, check_same, read_manifest, write_manifest
-from .options import DataError, DataOptions
-from .order import Drawn
-from .report import Failure, Watch
-from .sources import Record, Source, open_source
-from .stream import Cropper, Size
+from perflow_training.config.data import DataOptions
+from perflow_training.data.example import Example
+from perflow_training.data.manifest import (
+    EMPTY_PROMPT,
+    FORMAT,
+    OPTIONS,
+    check_files,
+    check_same,
+    read_manifest,
+    write_manifest,
+)
+from perflow_training.data.order import Drawn
+from perflow_training.data.report import Failure, FailureLimit
+from perflow_training.data.sources.open import open_source
+from perflow_training.data.sources.record import Record, Source
+from perflow_training.data.stream import Cropper, Size
+from perflow_training.errors import DataError
+from perflow_training.teacher.conditions import time_ids
+from perflow_training.teacher.encode import Encoders
 
 Progress = Callable[[int, int | None], None]
 
@@ -98,13 +108,13 @@ def _write_shards(
     folder: Path, source: Source, manifest: dict, writer: "_Writer", shard_size: int, progress: Progress | None
 ) -> None:
     total = None if hasattr(source, "num_shards") else len(source)
-    watch = Watch(total)
+    limit = FailureLimit(total)
     shards = manifest["shards"]
     walk = _walk(source, shards[-1]["next"] if shards else [0, 0])
     while part := list(islice(walk, shard_size)):
         first = manifest["records"]
         records = [Drawn((0, first + place), record) for place, (record, _) in enumerate(part)]
-        entry = writer.write(f"shard-{len(shards):05d}.safetensors", records, watch)
+        entry = writer.write(f"shard-{len(shards):05d}.safetensors", records, limit)
         shards.append({**entry, "records": len(part), "next": part[-1][1]})
         manifest["records"] += len(part)
         manifest["count"] += sum(entry["groups"].values())
@@ -112,8 +122,8 @@ def _write_shards(
         write_manifest(folder, manifest)
         if progress is not None:
             progress(manifest["records"], total)
-    if manifest["records"] == 0 or watch.tried == manifest["records"]:
-        watch.end()
+    if manifest["records"] == 0 or limit.tried == manifest["records"]:
+        limit.end()
     if not manifest["count"]:
         raise DataError(f"None of {manifest['records']} examples can be used: {manifest['skipped']}.")
     manifest["complete"] = True
@@ -159,13 +169,13 @@ class _Writer:
     def __exit__(self, *_) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def write(self, name: str, records: list[Drawn], watch: Watch) -> dict:
+    def write(self, name: str, records: list[Drawn], limit: FailureLimit) -> dict:
         """One shard; returns its entry for the manifest."""
         groups: dict[Size, list[Drawn]] = {}
         failures: list[Failure] = []
         sizes = self.pool.map(lambda drawn: self.cropper.size(drawn.record), records)
         for drawn, size in zip(records, sizes, strict=True):
-            watch.add(size if isinstance(size, Failure) else None)
+            limit.add(size if isinstance(size, Failure) else None)
             if isinstance(size, Failure):
                 failures.append(size)
             else:
@@ -214,7 +224,7 @@ class _Writer:
             rows = {**rows, **self.encoders.encode_images(torch.stack([example.image for example in examples]))}
         rows = {name: _stored(tensor, self.dtype) for name, tensor in rows.items()}
         if "pooled" in rows and examples[0].target_size != (0, 0):  # prompts alone: an uncropped picture's, if known
-            rows["add_time_ids"] = torch.stack([time_ids(example) for example in examples])
+            rows["add_time_ids"] = time_ids([example.sizes for example in examples])
         return rows
 
 

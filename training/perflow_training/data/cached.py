@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perflow_diffusers.words.shown import shown
-
-from .deal import Dealer, Dealt, PreparedBatches, generator_seed
-from .encoders import to_latents
-from .manifest import EMPTY_PROMPT, OPTIONS, check_files, check_same, read_manifest
-from .options import SOURCES, DataError, DataOptions
-from .order import IndexedOrder
-from .report import FAILURES, DataReport, Watch
-from .sources import open_source
+from perflow_training.config.data import SOURCES, DataOptions
+from perflow_training.data.batches import BatchSampler, Prefetcher, Sample, generator_seed
+from perflow_training.data.manifest import EMPTY_PROMPT, OPTIONS, check_files, check_same, read_manifest
+from perflow_training.data.order import IndexedOrder
+from perflow_training.data.report import FAILURES, DataReport, FailureLimit
+from perflow_training.data.sources.open import open_source
+from perflow_training.errors import DataError
+from perflow_training.teacher.encode import to_latents
 
 OPEN_FILES = 64  # at once: systems allow a process some hundreds
 
@@ -90,7 +90,7 @@ class Rows:
 
 
 class CachedStream:
-    """Endless batches of a cache that `write_cache` made, dealt as `ExampleStream` deals examples.
+    """Endless batches of a cache that `write_cache` made, in the order in which `ExampleStream` has its examples.
 
     Latents are drawn from the stored posterior with noise that depends on (seed, position) alone. All tensors are
     float32 and on the CPU.
@@ -117,8 +117,8 @@ class CachedStream:
         posterior = ("latents_mean", "latents_std") if with_images else ()
         self._columns = (*posterior, "prompt_embeds", "pooled", "add_time_ids")
         order = IndexedOrder(self._rows, seed)
-        self._batches = PreparedBatches(
-            Dealer(order, lambda drawn: drawn.record.group, Watch(len(self._rows))),
+        self._batches = Prefetcher(
+            BatchSampler(order, lambda drawn: drawn.record.group, FailureLimit(len(self._rows))),
             self._work,
             process_index=process_index,
             num_processes=num_processes,
@@ -139,7 +139,7 @@ class CachedStream:
         columns = ("latents", "prompt_embeds", "pooled", "add_time_ids")
         return CachedBatch(**{name: stacked.get(name) for name in columns}, names=tuple(name for name, _ in done))
 
-    def _work(self, items: Sequence[Dealt], place: int) -> tuple[str, dict[str, Tensor]]:
+    def _work(self, items: Sequence[Sample], place: int) -> tuple[str, dict[str, Tensor]]:
         drawn = items[place].drawn
         row = {name: tensor.float() for name, tensor in self._rows.load(drawn.record, self._columns).items()}
         mean, std = row.pop("latents_mean", None), row.pop("latents_std", None)

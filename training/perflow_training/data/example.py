@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from perflow_diffusers.words.shown import shown
+from perflow_training.teacher.conditions import Sizes
 
 
 @shown
@@ -23,7 +24,7 @@ class Example:
     target_size: tuple[int, int]
     name: str = ""  # of the record, for people
 
-
-def time_ids(example: Example) -> torch.Tensor:
-    """(6,) float32: original height and width, top, left, target height and width, in SDXL's order."""
-    return torch.tensor([*example.original_size, *example.crop_top_left, *example.target_size], dtype=torch.float32)
+    @property
+    def sizes(self) -> Sizes:
+        """What SDXL is told of the picture."""
+        return self.original_size, self.crop_top_left, self.target_size

@@ -1,16 +1,14 @@
 """The manifest of a cache: what it was made from, which shards it has and what is in them."""
 
 import json
-import os
-import secrets
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from perflow_diffusers.io.atomic import write_whole
 from perflow_diffusers.io.repository import file_sha256
-
-from .encoders import same_model
-from .options import DataError
+from perflow_training.data.identity import same_model
+from perflow_training.errors import DataError
 
 NAME = "manifest.json"
 FORMAT = "perflow-cache-1"
@@ -37,12 +35,7 @@ def read_manifest(folder: Path) -> dict | None:
 
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Replace the manifest in one step: a reader sees the old or the new one."""
-    temporary = folder / f".manifest-{secrets.token_hex(4)}.tmp"
-    with temporary.open("x", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / NAME)
+    write_whole(folder / NAME, json.dumps(manifest, indent=1), synced=True)
 
 
 def check_same(folder: Path, manifest: dict, wanted: dict) -> None:

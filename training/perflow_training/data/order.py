@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from perflow_diffusers.words.shown import shown
-
-from .options import DataError
-from .report import Watch
-from .sources import IndexedSource, Record, ShardedSource
+from perflow_training.data.report import FailureLimit
+from perflow_training.data.sources.record import IndexedSource, Record, ShardedSource
+from perflow_training.errors import DataError
 
 #: Where in the order a record was met, sortable by time: numbers only, the epoch first.
 Ref = tuple[int, ...]
@@ -41,9 +40,9 @@ class IndexedOrder:
     def identity(self) -> dict:
         return {"examples": len(self.source)}
 
-    def draw(self, watch: Watch) -> Drawn:
+    def draw(self, limit: FailureLimit) -> Drawn:
         if self._place == len(self._permutation):
-            watch.end()
+            limit.end()
             self.load((self.epoch + 1, 0))
         ref = (self.epoch, self._place)
         self._place += 1
@@ -96,10 +95,10 @@ class ShardedOrder:
     def epoch(self) -> int:
         return self._begin[0]
 
-    def draw(self, watch: Watch) -> Drawn:
+    def draw(self, limit: FailureLimit) -> Drawn:
         while self._place == len(self._block):
             if self._next[0] > self._begin[0]:
-                watch.end()
+                limit.end()
             self._begin, self._place = self._next, 0
             self._block, self._next = self._read_block(self._begin)
             if not self._block and self._begin[1:] == (0, 0):

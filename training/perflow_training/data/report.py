@@ -4,8 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from perflow_diffusers.words.shown import shown
-
-from .options import DataError
+from perflow_training.errors import DataError
 
 FIRST = 200  # examples after which a bad dataset is recognised at the latest
 #: the fields of DataReport that count what was left out
@@ -60,7 +59,7 @@ class Failure:
         return f"{self.name}: {self.reason}"
 
 
-class Watch:
+class FailureLimit:
     """Counts good and bad examples in the order of reading, and raises DataError when most of them are bad.
 
     The first 200 examples (or all, where there are fewer: `total`, else `end()` at the end of an epoch) are looked at.

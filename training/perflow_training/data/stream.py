@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .buckets import bucket_sizes, nearest_bucket
-from .deal import Dealer, Dealt, PreparedBatches, generator_seed
-from .example import Example
-from .images import fit, load_rgb, read_size
-from .options import DataError, DataOptions
-from .order import Drawn, IndexedOrder, Order, ShardedOrder
-from .report import FAILURES, DataReport, Failure, Watch
-from .sources import Record, Source, open_source
+from perflow_training.config.data import DataOptions
+from perflow_training.data.batches import BatchSampler, Prefetcher, Sample, generator_seed
+from perflow_training.data.buckets import bucket_sizes, nearest_bucket
+from perflow_training.data.example import Example
+from perflow_training.data.images import fit, load_rgb, read_size
+from perflow_training.data.order import Drawn, IndexedOrder, Order, ShardedOrder
+from perflow_training.data.report import FAILURES, DataReport, Failure, FailureLimit
+from perflow_training.data.sources.open import open_source
+from perflow_training.data.sources.record import Record, Source
+from perflow_training.errors import DataError
 
 logger = logging.getLogger(__name__)
 Size = tuple[int, int]
@@ -129,14 +131,14 @@ class ExampleStream:
         self._cropper = Cropper(options, seed, with_images)
         order = order_of(self.source, options, seed)
         total = len(self.source) if isinstance(order, IndexedOrder) else None
-        self._batches = PreparedBatches(
-            Dealer(order, lambda drawn: self._cropper.size(drawn.record), Watch(total)),
+        self._batches = Prefetcher(
+            BatchSampler(order, lambda drawn: self._cropper.size(drawn.record), FailureLimit(total)),
             self._work,
             process_index=process_index,
             num_processes=num_processes,
             workers=options.dataloader_num_workers,
         )
-        self._pixels = Watch(total)
+        self._pixels = FailureLimit(total)
         self._counts = dict.fromkeys(("used", *FAILURES), 0)
         self._reasons: dict[str, int] = {}
         self._example = ""
@@ -162,7 +164,7 @@ class ExampleStream:
             logger.info("End of the first epoch. %s", self.report)
         return examples
 
-    def _work(self, items: Sequence[Dealt], place: int) -> tuple[Example | None, Failure | None]:
+    def _work(self, items: Sequence[Sample], place: int) -> tuple[Example | None, Failure | None]:
         """The example of a place in the global batch; a broken one is replaced by the next whole one, if any."""
         first: Failure | None = None
         for step in range(len(items)):

@@ -22,9 +22,10 @@ from datasets import (
 )
 from datasets.exceptions import DatasetsError
 
-from .options import DataError, DataOptions
-from .sources import Record, Source, caption_of, digest
-from .text import check_text, decoded
+from perflow_training.config.data import DataOptions
+from perflow_training.data.sources.record import Record, Source, caption_of, digest
+from perflow_training.errors import DataError
+from perflow_training.text import check_text, decoded
 
 #: endings of files that are tables, and the builder of `datasets` that reads them
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}

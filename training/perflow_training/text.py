@@ -4,7 +4,7 @@ import codecs
 from dataclasses import dataclass
 from pathlib import Path
 
-from .options import DataError
+from perflow_training.errors import DataError
 
 #: marks at the beginning of a file; UTF-32's little-endian one begins with UTF-16's
 _MARKS = (

@@ -12,73 +12,24 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.base import base_facts
-from perflow_diffusers.io.names import Where
-from perflow_diffusers.io.repository import reached
 from perflow_diffusers.io.writer import drop_shards, make_folder, write_folder, write_safetensors
 from perflow_diffusers.weights import WeightSource, compute_delta, content_hash
 from perflow_diffusers.weights.make.extract import LORA_FORMAT, LORA_NAME, extract_lora
 from perflow_diffusers.weights.merge.files import WEIGHTS_NAME
-
-from .base import MODEL_INDEX, Base, base_in_folder, loaded_base
-from .config import FORMS, ConfigError, TrainingConfig
-from .data.options import SOURCES
-from .lazy import as_source, read_afresh
-from .places import URL
-from .student import build_student, check_trained, trained
-from .student_weights import student_weights, trained_lora
+from perflow_training.config import FORMS, ConfigError, TrainingConfig
+from perflow_training.config.data import SOURCES
+from perflow_training.lazy import as_source, read_afresh
+from perflow_training.places import URL
+from perflow_training.student import build_student, check_trained, trained
+from perflow_training.student_weights import student_weights, trained_lora
+from perflow_training.teacher.base import Base, base_in_folder, loaded_base
+from perflow_training.teacher.load import MODEL_INDEX, load_pipeline
 
 logger = logging.getLogger(__name__)
 DELTA = "perflow.safetensors"
 SHARD = 10 * 10**9  # bytes, as in diffusers
-WITHOUT_ENCODERS = (
-    "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder", "feature_extractor",
-    "safety_checker",
-)  # fmt: skip
-
-
-def load_pipeline(
-    config: TrainingConfig, *, encoders: bool = True, folder: str | Path | None = None
-) -> DiffusionPipeline:
-    """The teacher's pipeline in float32; without `encoders` only its network and schedule are read.
-
-    `folder` is where `folder_of` has found it when it was read before: the Hub is not asked again, where its files may
-    have changed or be out of reach. Raises ConfigError for a name that is no pipeline.
-    """
-    name = config.pretrained_model_name_or_path
-    if folder is not None and (Path(folder) / MODEL_INDEX).is_file():
-        name = str(folder)
-    left_out: dict[str, Any] = {}
-    try:
-        where = hub_options(name, config.revision)
-        components = DiffusionPipeline.load_config(name, **where)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"`pretrained_model_name_or_path={name}` is neither the folder of a diffusers pipeline nor a Hub id that "
-            f"can be had: {error}"
-        ) from error
-    if not encoders:
-        left_out = {part: None for part in WITHOUT_ENCODERS if part in components}
-    elif "safety_checker" in components:
-        left_out = {"safety_checker": None, "requires_safety_checker": False}
-    return DiffusionPipeline.from_pretrained(name, dtype=torch.float32, variant=config.variant, **where, **left_out)
-
-
-def hub_options(name: str, revision: str | None) -> dict[str, Any]:
-    """What diffusers' loaders are given beside `name`; of a Hub id it is asked once whether the Hub answers.
-
-    Their own asking takes half a minute. Raises `WeightSourceError` for an id that neither the Hub nor the cache has.
-    """
-    if Path(name).exists():
-        return {}
-    where = reached(name, Where(revision=revision))
-    return {"revision": where.revision, "local_files_only": where.local_files_only}
-
-
-def folder_of(pipe: DiffusionPipeline) -> Path | None:
-    """The folder that a pipeline was read from, in the Hub's cache or elsewhere; None if that is not known."""
-    folder = Path(str(pipe.unet.config.get("_name_or_path", ""))).absolute().parent
-    return folder if (folder / MODEL_INDEX).is_file() else None
 
 
 def open_base(config: TrainingConfig, folder: str | Path | None = None) -> Base:
@@ -101,7 +52,7 @@ def write_products(
     forms: Sequence[str] | None = None,
     *,
     lora_rank: int = 64,
-    licence: str | None = None,
+    license: str | None = None,
     base: Base | None = None,
 ) -> dict[str, Path]:
     """Writes `forms` (of FORMS; None: those of `config`) of the trained `weights` by name; returns form -> path.
@@ -139,7 +90,7 @@ def write_products(
     elif "lora" in forms:
         paths["lora"] = _extracted(out / DELTA, out / "lora", lora_rank)
     if "artifact" in forms:
-        paths["artifact"] = _write_artifact(base.pipeline, paths, out / "artifact", licence)
+        paths["artifact"] = _write_artifact(base.pipeline, paths, out / "artifact", license)
     return paths
 
 
@@ -150,7 +101,7 @@ PLACES = ("pretrained_model_name_or_path", *SOURCES, "dataset_files", "train_cac
 
 def header(config: TrainingConfig, base: DiffusionPipeline | Path) -> dict[str, Any]:
     """What travels in the header of every file: how it was trained, how it is to be used, and for which base."""
-    scale = config.solve_guidance
+    scale = config.mean_guidance
     name = config.pretrained_model_name_or_path
     metadata: dict[str, Any] = {
         "base_model": None if _is_local(name) else name,  # a Hub id; a path says nothing to others
@@ -158,7 +109,7 @@ def header(config: TrainingConfig, base: DiffusionPipeline | Path) -> dict[str, 
         "num_time_windows": config.window_count,
         "window_boundaries": config.window_boundaries,
         "recommended_steps": config.recommended_steps,
-        "guidance_scale": 0.0 if scale is None else scale,
+        "solve_guidance": 0.0 if scale is None else scale,
         "recommended_guidance_scale": None if scale is None else 1.0,
         "base": _last_name(name),
         "recipe": recipe(config),
@@ -233,12 +184,10 @@ def _extracted(delta: Path, folder: Path, rank: int) -> Path:
     return path
 
 
-def _write_artifact(base: DiffusionPipeline | Path, paths: dict[str, Path], folder: Path, licence: str | None) -> Path:
-    from perflow_diffusers.hub.artifact import PeRFlowArtifact
-
+def _write_artifact(base: DiffusionPipeline | Path, paths: dict[str, Path], folder: Path, license: str | None) -> Path:
     weights = {form: paths[form] for form in ("delta", "lora") if form in paths}
     artifact = PeRFlowArtifact.from_header(next(iter(weights.values()))).with_files(**weights)
-    if licence is not None:
-        artifact = replace(artifact, licence=licence)
+    if license is not None:
+        artifact = replace(artifact, license=license)
     artifact.save(folder, base=base, overwrite=True)
     return folder

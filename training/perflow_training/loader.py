@@ -1,6 +1,5 @@
 """What a solve starts from: conditions and data latents, from examples that are encoded here or from a cache."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Protocol
@@ -10,14 +9,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from perflow_diffusers.words.shown import shown
-
-from .backbone import Sizes, encode_empty, encode_images, encode_prompts, image_size
-from .conditions import Conditions
-from .config import ConfigError, TrainingConfig
-from .data import DataOptions, Example, open_examples
-from .data.cached import CachedStream
-from .data.encoders import model_identity
-from .draws import Draws
+from perflow_training.config import ConfigError, TrainingConfig
+from perflow_training.data import DataOptions, open_examples
+from perflow_training.data.cached import CachedStream
+from perflow_training.data.identity import model_identity
+from perflow_training.rng import Draws
+from perflow_training.teacher.conditions import Conditions
+from perflow_training.teacher.encode import encode_empty, encode_images, encode_prompts, picture_size
 
 Shape = tuple[int, int, int]
 CAPTION = 100  # characters of a caption that name an example
@@ -37,7 +35,7 @@ class Material:
     names: tuple[str, ...] = ()
 
 
-class Feed(Protocol):
+class Loader(Protocol):
     """Material for one solve after another; `uncond` is one row, the empty prompt."""
 
     uncond: Conditions
@@ -53,11 +51,11 @@ class Feed(Protocol):
     def close(self) -> None: ...
 
 
-class EncodedFeed:
+class EncodingLoader:
     """Captions and pictures, encoded by the pipeline when they are needed."""
 
     def __init__(self, pipe: DiffusionPipeline, config: TrainingConfig, draws: Draws, device: torch.device):
-        height, width = image_size(pipe)
+        height, width = picture_size(pipe)
         if height != width and not config.resolution:
             raise ConfigError(f"The network draws {height} x {width} pictures: set `resolution` to the shorter side.")
         self.pipe, self.config, self.draws, self.device = pipe, config, draws, device
@@ -74,7 +72,9 @@ class EncodedFeed:
     def draw(self, count: int, number: int, with_latents: bool) -> Material:
         """The next `count` examples as solve `number` needs them."""
         examples = self.stream.batch(count)
-        cond = encode_prompts(self.pipe, [e.caption for e in examples], _sizes(examples), device=self.device)
+        cond = encode_prompts(
+            self.pipe, [e.caption for e in examples], [e.sizes for e in examples], device=self.device
+        )
         height, width = examples[0].target_size
         factor = self.pipe.vae_scale_factor
         shape = (self.channels, height // factor, width // factor)
@@ -104,7 +104,7 @@ class EncodedFeed:
         self.stream.close()
 
 
-class CachedFeed:
+class CachedLoader:
     """Conditions and latents that training/precompute.py has encoded; neither VAE nor text encoder is needed."""
 
     def __init__(self, shape: Shape, config: TrainingConfig, draws: Draws, device: torch.device):
@@ -140,7 +140,3 @@ class CachedFeed:
 
     def close(self) -> None:
         self.stream.close()
-
-
-def _sizes(examples: Sequence[Example]) -> list[Sizes]:
-    return [(e.original_size, e.crop_top_left, e.target_size) for e in examples]

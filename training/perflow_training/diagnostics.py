@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from perflow_diffusers.words.shown import shown
-
-from .backbone import Backbone
-from .buffer import SolvedWindows
-from .conditions import Conditions
-from .config import TrainingConfig
+from perflow_training.buffer import SolvedWindows
+from perflow_training.config import TrainingConfig
+from perflow_training.teacher.backbone import Backbone
+from perflow_training.teacher.conditions import Conditions
 
 SHOWN = 8  # names in a message
 

@@ -4,19 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from perflow_diffusers.errors import WeightSourceError
+from perflow_diffusers.families import NETWORKS
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.read.keys import canonical_map
 from perflow_diffusers.words.shown import shown
-
-from .lazy import as_source, read_afresh
-
-MODEL_INDEX = "model_index.json"
+from perflow_training.lazy import as_source, read_afresh
 
 
 @shown
@@ -45,7 +44,7 @@ def base_in_folder(folder: Path, variant: str | None, name: str) -> Base | None:
     marked = [f".{variant}." in file.name or f".{variant}-" in file.name for file in source.files]
     if variant is not None and not all(marked):
         return None
-    unet = _empty_unet(folder / "unet")
+    unet = _empty(folder)
     names, collisions = canonical_map(source)
     if unet is None or collisions:
         return None
@@ -67,10 +66,12 @@ def loaded_base(pipe: DiffusionPipeline, name: str) -> Base:
     return Base(as_source(open_weights(pipe.unet), name), pipe.unet, pipe)
 
 
-def _empty_unet(folder: Path) -> nn.Module | None:
-    """The network that a folder's config describes, on the meta device; None for one that is not diffusers' own."""
-    config = UNet2DConditionModel.load_config(folder) if (folder / "config.json").is_file() else {}
-    if config.get("_class_name") != UNet2DConditionModel.__name__:
-        return None
-    with init_empty_weights():
-        return UNet2DConditionModel.from_config(config)
+def _empty(folder: Path) -> nn.Module | None:
+    """The network that a pipeline's folder describes, on the meta device; None for one that is not diffusers' own."""
+    for row in NETWORKS:
+        place, kind = folder / row.component, getattr(diffusers, row.class_name)
+        config = kind.load_config(place) if (place / "config.json").is_file() else {}
+        if config.get("_class_name") == row.class_name:
+            with init_empty_weights():
+                return kind.from_config(config)
+    return None

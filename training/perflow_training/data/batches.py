@@ -1,4 +1,4 @@
-"""Global batches dealt out of an order, prepared ahead in threads; each process is given its slice of every batch."""
+"""Global batches sampled from an order, prefetched in threads; each process is given its slice of every batch."""
 
 import threading
 from collections import deque
@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from perflow_diffusers.words.shown import shown
-
-from .options import DataError
-from .order import Drawn, Order, Ref
-from .report import Failure, Watch
+from perflow_training.data.order import Drawn, Order, Ref
+from perflow_training.data.report import Failure, FailureLimit
+from perflow_training.errors import DataError
 
 T = TypeVar("T")
 AHEAD = 2  # batches prepared while one is used
 
 
 @dataclass(frozen=True)
-class Dealt:
+class Sample:
     """A drawn record and the group (a picture size) that its batch must share."""
 
     drawn: Drawn
@@ -31,44 +30,44 @@ class Plan:
     """A global batch, what was met on the way to it, and the state from which it follows."""
 
     before: dict
-    items: Sequence[Dealt]
+    items: Sequence[Sample]
     failures: list[Failure]
     epoch: int
     own: list[Future] = field(default_factory=list)
 
 
-class Dealer:
-    """Sorts what an order draws into groups and deals a batch as soon as one group can fill it.
+class BatchSampler:
+    """Sorts what an order draws into groups and gives a batch as soon as one group can fill it.
 
     What waits in a group at the end of an epoch goes into the next epoch's batches: nothing is dropped or repeated.
     """
 
-    def __init__(self, order: Order, group: Callable[[Drawn], Hashable | Failure], watch: Watch):
+    def __init__(self, order: Order, group: Callable[[Drawn], Hashable | Failure], limit: FailureLimit):
         self.order = order
         self.group = group
-        self.watch = watch
-        self.waiting: dict[Hashable, deque[Dealt]] = {}
+        self.limit = limit
+        self.waiting: dict[Hashable, deque[Sample]] = {}
 
-    def take(self, count: int) -> tuple[list[Dealt], list[Failure]]:
+    def take(self, count: int) -> tuple[list[Sample], list[Failure]]:
         """`count` records of one group, and those met meanwhile that cannot be used."""
         failures: list[Failure] = []
         full = [group for group, queue in self.waiting.items() if len(queue) >= count]
         if full:
             return self._pop(min(full, key=lambda group: self.waiting[group][0].drawn.ref), count), failures
         while True:
-            drawn = self.order.draw(self.watch)
+            drawn = self.order.draw(self.limit)
             group = self.group(drawn)
             failure = group if isinstance(group, Failure) else None
-            self.watch.add(failure)
+            self.limit.add(failure)
             if failure is not None:
                 failures.append(failure)
                 continue
             queue = self.waiting.setdefault(group, deque())
-            queue.append(Dealt(drawn, group))
+            queue.append(Sample(drawn, group))
             if len(queue) >= count:
                 return self._pop(group, count), failures
 
-    def _pop(self, group: Hashable, count: int) -> list[Dealt]:
+    def _pop(self, group: Hashable, count: int) -> list[Sample]:
         queue = self.waiting[group]
         taken = [queue.popleft() for _ in range(count)]
         if not queue:
@@ -91,7 +90,7 @@ class Dealer:
         for drawn in self.order.recall([tuple(ref) for ref in state["waiting"]]):
             group = self.group(drawn)
             if not isinstance(group, Failure):
-                self.waiting.setdefault(group, deque()).append(Dealt(drawn, group))
+                self.waiting.setdefault(group, deque()).append(Sample(drawn, group))
 
 
 class _Now(Executor):
@@ -106,8 +105,8 @@ class _Now(Executor):
         return done
 
 
-class PreparedBatches(Generic[T]):
-    """Global batches of a dealer, with the work for this process's slice done ahead by `workers` threads.
+class Prefetcher(Generic[T]):
+    """Global batches of a sampler, with the work for this process's slice done ahead by `workers` threads.
 
     One more thread draws and groups, so that a slow source does not hold up training. What comes out does not depend
     on the threads.
@@ -115,8 +114,8 @@ class PreparedBatches(Generic[T]):
 
     def __init__(
         self,
-        dealer: Dealer,
-        work: Callable[[Sequence[Dealt], int], T],
+        sampler: BatchSampler,
+        work: Callable[[Sequence[Sample], int], T],
         *,
         process_index: int = 0,
         num_processes: int = 1,
@@ -124,7 +123,7 @@ class PreparedBatches(Generic[T]):
     ):
         if not 0 <= process_index < num_processes:
             raise DataError(f"`process_index={process_index}` must lie in 0..{num_processes - 1}, one a process.")
-        self._dealer = dealer
+        self._sampler = sampler
         self._work = work
         self._index = process_index
         self._processes = num_processes
@@ -150,21 +149,21 @@ class PreparedBatches(Generic[T]):
     def _plan(self, count: int) -> Plan:
         if self._closed.is_set():
             raise DataError("The stream of examples is closed.")
-        before = self._dealer.state()
-        items, failures = self._dealer.take(count * self._processes)
-        plan = Plan(before, items, failures, self._dealer.order.epoch)
+        before = self._sampler.state()
+        items, failures = self._sampler.take(count * self._processes)
+        plan = Plan(before, items, failures, self._sampler.order.epoch)
         own = range(self._index * count, (self._index + 1) * count)
         plan.own = [self._workers.submit(self._work, items, place) for place in own]
         return plan
 
     def state(self) -> dict:
         """From where the next batch follows: JSON-able, the same on every process."""
-        return self._planned[0][1].result().before if self._planned else self._dealer.state()
+        return self._planned[0][1].result().before if self._planned else self._sampler.state()
 
     def load(self, state: dict) -> None:
         wait([future for _, future in self._planned])
         self._planned.clear()
-        self._dealer.load(state)
+        self._sampler.load(state)
 
     def close(self) -> None:
         """Ends the threads; nothing can be drawn afterwards."""

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from perflow_diffusers.words.shown import shown
+
+#: (original size, top left of the crop, target size), each (height, width) or (top, left): what SDXL is told
+Sizes = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+def time_ids(sizes: Sequence[Sizes]) -> Tensor:
+    """SDXL's `time_ids`, (B, 6) float32: original height and width, top, left, target height and width."""
+    return torch.tensor([[*original, *corner, *target] for original, corner, target in sizes], dtype=torch.float32)
 
 
 @shown

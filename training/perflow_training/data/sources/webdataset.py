@@ -9,8 +9,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO
 
-from .options import DataError
-from .sources import PICTURES, Record, caption_of, digest, own_caption
+from perflow_training.data.sources.record import PICTURES, Record, caption_of, digest, own_caption
+from perflow_training.errors import DataError
 
 CUT = "without the empty blocks that close a tar: cut short, though between two of its files"
 #: webdataset's own notes in a shard, which belong to no example
