@@ -9,7 +9,7 @@ Timesteps are integers or int64 tensors (B,); coefficients come back as float64 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class PredictionType:
     its step over a whole window is a DDIM step. `zero_snr`, whether it is defined at a timestep without any data.
     """
 
-    coefficients: Callable[[NoisePath, Index, Index], tuple[Tensor, Tensor]]
+    coefficients: Callable[[NoisePath, Index, Index], tuple[Tensor, Tensor]] = field(repr=False)
     base_prediction: str | None
     is_ddim: bool = False
     zero_snr: bool = False

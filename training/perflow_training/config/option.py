@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from perflow_diffusers.words.shown import shown
+
 
 def option(default: Any, meaning: str = "", *, section: str = "") -> Any:
     """A field with its `default` and its `meaning`, in words; `section` is the heading that it and the next belong to.
@@ -16,6 +18,7 @@ def option(default: Any, meaning: str = "", *, section: str = "") -> Any:
     return field(default=default, metadata=said)
 
 
+@shown
 @dataclass(frozen=True)
 class Explained:
     """What is said of an option: `section` is empty unless a new one begins."""
