@@ -16,7 +16,8 @@ from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.base import base_facts
 from perflow_diffusers.io.writer import drop_shards, make_folder, write_folder, write_safetensors
 from perflow_diffusers.weights import WeightSource, compute_delta, content_hash
-from perflow_diffusers.weights.make.extract import LORA_FORMAT, LORA_NAME, extract_lora
+from perflow_diffusers.weights.make.extract import extract_lora
+from perflow_diffusers.weights.make.lora_file import LORA_FORMAT, LORA_NAME
 from perflow_diffusers.weights.merge.files import WEIGHTS_NAME
 from perflow_training.config import FORMS, ConfigError, TrainingConfig
 from perflow_training.config.data import SOURCES

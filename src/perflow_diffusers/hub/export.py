@@ -23,7 +23,7 @@ from perflow_diffusers.io.atomic import whole
 from perflow_diffusers.io.documents import read_json, write_json
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import merge_delta, open_weights
-from perflow_diffusers.weights.merge.handle import rescale_merge
+from perflow_diffusers.weights.merge.undo import rescale_merge
 from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.weights.read.lora import as_delta
 from perflow_diffusers.words.arguments import path_of

@@ -23,8 +23,8 @@ from perflow_diffusers.hub.state import Companion, Loaded, companion, keep, load
 from perflow_diffusers.io.names import HubOptions, Where
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import MergeHandle, WeightSource, merge_delta, open_weights
-from perflow_diffusers.weights.merge.handle import Backup, rescale_merge, undo_merge
-from perflow_diffusers.weights.merge.layers import acting_plans, is_lost, layer_of, stack_of
+from perflow_diffusers.weights.merge.layers import Backup, acting_plans, is_lost, layer_of, stack_of
+from perflow_diffusers.weights.merge.undo import rescale_merge, undo_merge
 from perflow_diffusers.weights.merge.within import WITHIN, share_within
 from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.weights.read.locate import SHORT_NAMES

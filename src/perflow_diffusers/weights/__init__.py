@@ -10,6 +10,7 @@ from perflow_diffusers.weights.make.extract import check_extract, extract_lora
 from perflow_diffusers.weights.make.moments import measure_moments
 from perflow_diffusers.weights.make.report import LoraReport
 from perflow_diffusers.weights.make.shrink import ShrinkReport, check_shrink, shrink_delta
+from perflow_diffusers.weights.merge.edits import MergePlan
 from perflow_diffusers.weights.merge.files import FileMergeReport, merge_files
 from perflow_diffusers.weights.merge.handle import (
     MergeHandle,
@@ -18,7 +19,7 @@ from perflow_diffusers.weights.merge.handle import (
     set_delta_scale,
     unmerge_delta,
 )
-from perflow_diffusers.weights.merge.plan import MergePlan, plan_merge
+from perflow_diffusers.weights.merge.plan import plan_merge
 from perflow_diffusers.weights.read.locate import is_local
 from perflow_diffusers.weights.read.lora import as_delta
 from perflow_diffusers.weights.read.source import SHORT_NAMES, HubSpec, WeightSource, open_weights

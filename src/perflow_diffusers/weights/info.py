@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
@@ -18,7 +18,15 @@ from perflow_diffusers.weights.read.lora_layers import lora_layers, named_tensor
 from perflow_diffusers.weights.read.lora_names import KIN_ROLES
 from perflow_diffusers.weights.read.original_file import ema_names, unet_names
 from perflow_diffusers.weights.read.source import WeightSource, open_weights
-from perflow_diffusers.words.shown import LongDict, LongTuple, aligned, html_facts, shorten, shown, size_in_words
+from perflow_diffusers.words.shown import (
+    LongTuple,
+    aligned,
+    html_facts,
+    plain,
+    shorten,
+    shown,
+    size_in_words,
+)
 
 _EMA_COUNTERS = 2  # `model_ema.decay` and `model_ema.num_updates` are beside the EMA of a UNet
 
@@ -68,7 +76,7 @@ class WeightsInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return LongDict(asdict(self))
+        return plain(self)
 
     @property
     def facts(self) -> tuple[tuple[str, str], ...]:

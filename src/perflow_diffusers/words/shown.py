@@ -8,7 +8,8 @@ import re
 import reprlib
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -195,3 +196,8 @@ def aligned(facts: Iterable[tuple[str, object]], columns: int = 80) -> list[str]
 def size_in_words(nbytes: int) -> str:
     """Bytes as people say them: 3.88 MB, 1.72 GB."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
+def plain(report: Any) -> dict[str, Any]:
+    """The fields of a dataclass as values for `json.dumps`, paths as text; short at a prompt."""
+    return LongDict({key: str(value) if isinstance(value, Path) else value for key, value in asdict(report).items()})

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from perflow_diffusers.io.writer import (
 )
 from perflow_diffusers.weights.make.concatenate import Joined, check_finite, concatenated, wider
 from perflow_diffusers.weights.make.delta import DELTA_FORMAT
-from perflow_diffusers.weights.make.extract import LORA_FORMAT, OWN_KEYS, RESIDUAL_FORMAT, lora_targets
+from perflow_diffusers.weights.make.lora_file import LORA_FORMAT, OWN_KEYS, RESIDUAL_FORMAT, STORED, lora_targets
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.complete import check_difference
 from perflow_diffusers.weights.read.header_facts import for_new_tensors
@@ -32,9 +32,8 @@ from perflow_diffusers.weights.read.named import canonical_names
 from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.weights.scales import strength_of
 from perflow_diffusers.words.arguments import dtype_of, in_words, path_of
-from perflow_diffusers.words.shown import LongDict, shorten, shown
+from perflow_diffusers.words.shown import plain, shorten, shown
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ORDER = 'combine([first, second], "both.safetensors", [1, 0.8])'
 _OF_TRAINING = ("ss_", "modelspec.")  # facts of one LoRA, true of several only if they share them
 
@@ -75,8 +74,7 @@ class CombineReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, fit for `json.dumps`."""
-        residual = None if self.residual_path is None else str(self.residual_path)
-        return LongDict({**asdict(self), "path": str(self.path), "residual_path": residual})
+        return plain(self)
 
 
 def combine(
@@ -108,7 +106,7 @@ def combine(
     """
     path_of(out, "out", _ORDER)
     stored = dtype_of(dtype)
-    if dtype is not None and stored not in _DTYPES:
+    if dtype is not None and stored not in STORED:
         raise DeltaError(
             f"dtype={dtype!r} cannot hold them. Pass float16, bfloat16 or float32, or none to keep all bits."
         )

@@ -1,6 +1,5 @@
 """A delta as a LoRA: `extract_lora(delta, out, rank=64 | energy=0.95)`, D ~ B A per layer, the rest as a residual."""
 
-import json
 import os
 import zlib
 from collections.abc import Callable, Mapping
@@ -12,47 +11,22 @@ from typing import Any
 import torch
 
 from perflow_diffusers.errors import DeltaError
-from perflow_diffusers.io.tensors import dtype_name, dtype_names
-from perflow_diffusers.io.writer import (
-    File,
-    Spec,
-    check_folder_name,
-    check_target,
-    make_folder,
-    specs_of,
-    write_together,
-)
+from perflow_diffusers.io.writer import Spec
+from perflow_diffusers.weights.make.lora_file import ORDER, STORED, Factors, lora_targets, write_lora
+from perflow_diffusers.weights.make.moments import check_moments, root_of, unweighted, weighted_by
 from perflow_diffusers.weights.make.report import LayerReport, LoraReport
 from perflow_diffusers.weights.make.svd import Effort, Wanted, balanced, low_rank, rounding_loss, squared_norm
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.complete import check_difference
-from perflow_diffusers.weights.read.header_facts import KOHYA_CONFIG, KOHYA_SPELLING, for_new_tensors
-from perflow_diffusers.weights.read.lora import ADAPTER_METADATA, RESIDUAL, adapter_metadata, as_delta
-from perflow_diffusers.weights.read.lora_names import KOHYA_PREFIXES, spelled
+from perflow_diffusers.weights.read.lora import as_delta
 from perflow_diffusers.weights.read.named import canonical_names
 from perflow_diffusers.weights.read.source import WeightSource, open_weights
-from perflow_diffusers.words.arguments import dtype_of, in_words, is_number, path_of, whole_number
+from perflow_diffusers.words.arguments import dtype_of, is_number, path_of, whole_number
 
-LORA_FORMAT = "lora-1"
-RESIDUAL_FORMAT = "delta-residual-1"
-LORA_NAME = "pytorch_lora_weights.safetensors"
 DEFAULT_RANK = 64
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_FLOOR = 1e-6  # of the mean moment: an input that was never on must not make the weights of others infinite
 _ROWS = 128
-_ORDER = 'extract_lora(delta, "lora.safetensors", rank=64)'
 _CLEAR = 1e-2  # of the squared norm: losses above this are known from differences of norms, others are measured
-OWN_KEYS = (
-    "format",
-    "perflow_format",
-    "dtype",
-    "identical",
-    ADAPTER_METADATA,
-    RESIDUAL,
-    KOHYA_CONFIG,
-    KOHYA_SPELLING,
-)
 
 
 @dataclass(frozen=True)
@@ -76,7 +50,7 @@ def extract_lora(
     moments: Mapping[str, torch.Tensor] | None = None,
     exact: bool = False,
     oversampling: int = 16,
-    power_iterations: int = 2,
+    power_iterations: int = 4,
     residual: bool = True,
     dtype: torch.dtype | str = torch.float16,
     seed: int = 0,
@@ -98,9 +72,9 @@ def extract_lora(
       diagonal, or (in, in): what is minimised is then E|(D - BA) x|^2, the error of the layers' outputs, and `energy`
       is a share of E|D x|^2. A convolution takes (in_channels,), the same for all places of the kernel. Layers
       without a moment are approximated plainly.
-    - `exact` takes the spectrum of every layer in float64, else large matrices are approximated in a random basis that
-      `oversampling` and `power_iterations` bound (see `svd.low_rank`), at most 1.005 times the optimal error with the
-      defaults. The same `seed` gives the same file.
+    - `exact` takes the spectrum of every layer in float64, as `energy` does; else large matrices are approximated by
+      `torch.svd_lowrank` with `rank + oversampling` columns and `power_iterations`, at most 1.005 times the optimal
+      error with the defaults. The same `seed` gives the same file.
     - `residual` writes what no LoRA can carry (biases, norms) to `<name>.residual.safetensors` beside it, which
       `merge_delta` adds again and `load_lora_weights` ignores; otherwise it is dropped. The report says its share.
 
@@ -114,13 +88,13 @@ def extract_lora(
     wanted = _checked_rank(rank, energy)
     _check_alpha(alpha)
     stored = dtype_of(dtype)
-    if stored not in _DTYPES:
+    if stored not in STORED:
         raise DeltaError(f"dtype={dtype!r} is nothing that LoRAs are stored in. Pass float16, bfloat16 or float32.")
     whole_number(oversampling, "oversampling", 0, "Usual are 8 to 32.")
     whole_number(power_iterations, "power_iterations", 0, "Usual are 1 to 4.")
     whole_number(seed, "seed", 0, "Any will do; the same one gives the same file.")
-    _check_moments(moments)
-    path_of(out, "out", _ORDER)
+    check_moments(moments)
+    path_of(out, "out", ORDER)
     source = open_weights(delta)
     weights = as_delta(source, with_text=True)
     names = _checked_names(weights)
@@ -134,7 +108,9 @@ def extract_lora(
     if not layers:
         raise DeltaError(f"{source.name} has no layer that a LoRA could carry and that differs from zero.")
     specs = {name: (weights.shapes[names[name]], weights.dtypes[names[name]]) for name in rest} if residual else {}
-    _write(path, rest_path, weights, names, layers, specs, job, overwrite)
+    factors = {name: Factors(one.down, one.up, job.alpha_of(one.report.rank)) for name, one in layers.items()}
+    stream = ((name, weights[names[name]]) for name in specs)
+    write_lora(path, rest_path, factors, specs, stream, weights.metadata, overwrite=overwrite)
     return _report(path, rest_path if specs else None, layers, zero, rest, specs, source.nbytes)
 
 
@@ -172,15 +148,6 @@ class _Job:
         return float(rank) if self.alpha is None else float(self.alpha)
 
 
-def _check_moments(moments: Any) -> None:
-    fine = isinstance(moments, Mapping) and all(isinstance(moment, torch.Tensor) for moment in moments.values())
-    if moments is not None and not fine:
-        raise DeltaError(
-            f"moments is {in_words(moments)}, not a tensor by weight. Pass what "
-            "`measure_moments(pipe, lambda: pipe(prompt))` returns."
-        )
-
-
 def _check_alpha(alpha: float | None) -> None:
     if alpha is not None and not (is_number(alpha) and 0 < alpha < inf):
         raise DeltaError(f"alpha={alpha!r} is not a positive number. Usual are the rank, its half, or 1.")
@@ -210,26 +177,6 @@ def _checked_names(weights: WeightSource) -> dict[str, str]:
     if not weights.partial:
         check_difference(weights, names)
     return {name: names[name] for name in sorted(names)}
-
-
-def lora_targets(out: str | os.PathLike, residual: bool, overwrite: bool, *, make: bool = True) -> tuple[Path, Path]:
-    """Files of a LoRA and its residual; what would prevent writing them is told before the work begins.
-
-    A folder is made if need be, unless `make` is False.
-    """
-    path = path_of(out, "out", _ORDER)
-    if path.suffix != ".safetensors":
-        if path.is_file():
-            raise DeltaError(f"{path} is a file. Pass a folder, or a name that ends in .safetensors.")
-        check_folder_name(path)
-        if make:
-            make_folder(path)
-        path = path / LORA_NAME
-    rest_path = path.with_suffix(".residual.safetensors")
-    for target in (path, rest_path) if residual else (path,):
-        if make or target.parent.is_dir():
-            check_target(target, 0, overwrite=overwrite)
-    return path, rest_path
 
 
 def _is_carried(name: str, shape: tuple[int, ...]) -> bool:
@@ -269,13 +216,13 @@ def _compute(
 def _layer(name: str, whole: torch.Tensor, size: float, job: _Job) -> _Layer:
     """Factorise one weight (out, in, ...) and measure the factors as they will be stored."""
     matrix = whole.flatten(1)
-    root = _root(name, job.moments.get(name), tuple(whole.shape))
-    weighted = matrix if root is None else _apply(matrix, root)
+    root = root_of(name, job.moments.get(name), tuple(whole.shape))
+    weighted = matrix if root is None else weighted_by(matrix, root)
     most = min(matrix.shape)
     cap, energy = job.wanted
-    generator = torch.Generator().manual_seed(job.seed ^ zlib.crc32(name.encode()))
-    found = low_rank(weighted, Wanted(min(cap or most, most), energy), job.effort, generator)
-    left, right = balanced(found.left, found.right if root is None else _remove(found.right, root))
+    seed = job.seed ^ zlib.crc32(name.encode())
+    found = low_rank(weighted, Wanted(min(cap or most, most), energy), job.effort, seed)
+    left, right = balanced(found.left, found.right if root is None else unweighted(found.right, root))
     strength = job.alpha_of(len(right)) / len(right)
     left, right = left / strength**0.5, right / strength**0.5
     up, down = left.to(job.dtype), right.to(job.dtype)
@@ -305,100 +252,13 @@ def _lost(
     for rows, part in zip(matrix.split(_ROWS), up.split(_ROWS), strict=True):
         error = torch.addmm(rows, part, down, alpha=-1)
         plain += squared_norm(error)
-        weighted += 0.0 if root is None else squared_norm(_apply(error, root))
+        weighted += 0.0 if root is None else squared_norm(weighted_by(error, root))
     return plain, weighted
 
 
 def _ratio(lost: float, size: float) -> float:
     """Of two squared norms, that of the norms."""
     return (lost / size) ** 0.5 if size else 0.0
-
-
-def _root(name: str, moment: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """R with R R^T = the moment, (columns,) for a diagonal or lower triangular; None without weighting.
-
-    Raises `DeltaError` if the moment does not fit the weight or is none.
-    """
-    if moment is None:
-        return None
-    columns, places = torch.Size(shape[1:]).numel(), torch.Size(shape[2:]).numel()
-    given = moment.detach().cpu().double()
-    if given.shape == (shape[1],):
-        given = given.repeat_interleave(places)
-    if given.shape not in ((columns,), (columns, columns)):
-        raise DeltaError(
-            f"The moment of {name} has shape {tuple(moment.shape)}, its weight {shape}. Expected ({shape[1]},) or "
-            f"({columns}, {columns}), as `measure_moments` gives it for the same model."
-        )
-    diagonal = given if given.ndim == 1 else given.diagonal()
-    mean = diagonal.mean().item()
-    if not (given.isfinite().all() and (diagonal >= 0).all()):
-        raise DeltaError(f"The moment of {name} has NaN, Inf or negative squares. Measure it again.")
-    if mean == 0:
-        return None
-    given = given / mean
-    if given.ndim == 1:
-        return (given + _FLOOR).sqrt().float()
-    root, failed = torch.linalg.cholesky_ex(
-        given + _FLOOR * torch.eye(columns, dtype=torch.float64, device=given.device)
-    )
-    if failed.item():
-        raise DeltaError(f"The moment of {name} is not positive semidefinite, so it is no mean of x x^T.")
-    return root.float()
-
-
-def _apply(matrix: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    return matrix * root if root.ndim == 1 else matrix @ root
-
-
-def _remove(matrix: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_apply`."""
-    if root.ndim == 1:
-        return matrix / root
-    return torch.linalg.solve_triangular(root, matrix, upper=False, left=False)
-
-
-def _write(
-    path: Path,
-    rest_path: Path,
-    weights: WeightSource,
-    names: Mapping[str, str],
-    layers: Mapping[str, _Layer],
-    rest: Mapping[str, Spec],
-    job: _Job,
-    overwrite: bool,
-) -> None:
-    """The residual first: a LoRA that names one is never without it."""
-    tensors: dict[str, torch.Tensor] = {}
-    strengths: dict[str, dict[str, tuple[int, float]]] = {}
-    for name, layer in layers.items():
-        component, module = _place(name)
-        stem = spelled(component, module)
-        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = layer.down, layer.up
-        rank = layer.report.rank
-        strengths.setdefault(component, {})[module] = (rank, job.alpha_of(rank))
-    taken = for_new_tensors(weights.metadata, OWN_KEYS)
-    stored = next(iter(tensors.values())).dtype
-    header = {**taken, "format": "pt", "perflow_format": LORA_FORMAT, "dtype": dtype_name(stored)}
-    config: dict[str, Any] = {}
-    for component, own in strengths.items():
-        config |= adapter_metadata(own, component)
-    header[ADAPTER_METADATA] = json.dumps(config, indent=2, sort_keys=True)
-    files = []
-    if rest:
-        dtypes = dtype_names(dtype for _, dtype in rest.values())
-        rest_header = {**taken, "format": "pt", "perflow_format": RESIDUAL_FORMAT, "dtype": dtypes}
-        stream = ((name, weights[names[name]]) for name in rest)
-        files.append(File(rest_path, rest, stream, rest_header))
-        header[RESIDUAL] = rest_path.name
-    files.append(File(path, specs_of(tensors), tensors.items(), header))
-    write_together(files, overwrite=overwrite, former=(rest_path,))
-
-
-def _place(name: str) -> tuple[str, str]:
-    """Component and module of a weight: see `lora.weight_name`."""
-    component, _, module = name.removesuffix(".weight").partition(".")
-    return (component, module) if component in KOHYA_PREFIXES else ("unet", name.removesuffix(".weight"))
 
 
 def _nbytes(spec: Spec) -> int:

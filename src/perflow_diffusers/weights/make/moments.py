@@ -1,15 +1,18 @@
-"""Second moments of what flows into each layer, E[x x^T]: `measure_moments(unet, run)`, weights for `extract_lora`."""
+"""Second moments of what flows into each layer, E[x x^T]: `measure_moments(unet, run)`, and how they weigh errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
+from perflow_diffusers.errors import DeltaError
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.words.arguments import in_words
 from perflow_diffusers.words.shown import LongDict
+
+_FLOOR = 1e-6  # of the mean moment: an input that was never on must not make the weights of others infinite
 
 
 def measure_moments(pipe_or_unet: Any, run: Callable[[], object], *, full: bool = False) -> dict[str, torch.Tensor]:
@@ -56,3 +59,58 @@ def _add(
     products = rows.T @ rows if full and isinstance(module, torch.nn.Linear) else rows.square().sum(dim=0)
     total, count = sums.get(name, (torch.zeros(products.shape, dtype=torch.float64, device="cpu"), 0))
     sums[name] = (total + products.cpu().double(), count + len(rows))
+
+
+def check_moments(moments: Any) -> None:
+    """Raises `DeltaError` for what is no tensor by weight."""
+    fine = isinstance(moments, Mapping) and all(isinstance(moment, torch.Tensor) for moment in moments.values())
+    if moments is not None and not fine:
+        raise DeltaError(
+            f"moments is {in_words(moments)}, not a tensor by weight. Pass what "
+            "`measure_moments(pipe, lambda: pipe(prompt))` returns."
+        )
+
+
+def root_of(name: str, moment: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """R with R R^T = the moment, (columns,) for a diagonal or lower triangular; None without weighting.
+
+    Raises `DeltaError` if the moment does not fit the weight or is none.
+    """
+    if moment is None:
+        return None
+    columns, places = torch.Size(shape[1:]).numel(), torch.Size(shape[2:]).numel()
+    given = moment.detach().cpu().double()
+    if given.shape == (shape[1],):
+        given = given.repeat_interleave(places)
+    if given.shape not in ((columns,), (columns, columns)):
+        raise DeltaError(
+            f"The moment of {name} has shape {tuple(moment.shape)}, its weight {shape}. Expected ({shape[1]},) or "
+            f"({columns}, {columns}), as `measure_moments` gives it for the same model."
+        )
+    diagonal = given if given.ndim == 1 else given.diagonal()
+    mean = diagonal.mean().item()
+    if not (given.isfinite().all() and (diagonal >= 0).all()):
+        raise DeltaError(f"The moment of {name} has NaN, Inf or negative squares. Measure it again.")
+    if mean == 0:
+        return None
+    given = given / mean
+    if given.ndim == 1:
+        return (given + _FLOOR).sqrt().float()
+    root, failed = torch.linalg.cholesky_ex(
+        given + _FLOOR * torch.eye(columns, dtype=torch.float64, device=given.device)
+    )
+    if failed.item():
+        raise DeltaError(f"The moment of {name} is not positive semidefinite, so it is no mean of x x^T.")
+    return root.float()
+
+
+def weighted_by(matrix: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    """The matrix (m, n) times the root, so that its squared norm is the mean square of what the layer puts out."""
+    return matrix * root if root.ndim == 1 else matrix @ root
+
+
+def unweighted(matrix: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    """The inverse of `weighted_by`."""
+    if root.ndim == 1:
+        return matrix / root
+    return torch.linalg.solve_triangular(root, matrix, upper=False, left=False)

@@ -1,11 +1,11 @@
 """What an extraction kept and what it lost, per layer and in total: a table for people, a dict for JSON."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perflow_diffusers.weights.read import keys
-from perflow_diffusers.words.shown import LongDict, html_table, shorten, shown, size_in_words
+from perflow_diffusers.words.shown import html_table, plain, shorten, shown, size_in_words
 
 _SHOWN = 8
 
@@ -101,5 +101,4 @@ class LoraReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, fit for `json.dumps`."""
-        residual = None if self.residual_path is None else str(self.residual_path)
-        return LongDict({**asdict(self), "path": str(self.path), "residual_path": residual})
+        return plain(self)

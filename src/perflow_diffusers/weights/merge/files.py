@@ -18,8 +18,9 @@ from perflow_diffusers.io.writer import (
     write_safetensors,
     write_text,
 )
+from perflow_diffusers.weights.merge.edits import Layer
 from perflow_diffusers.weights.merge.plan import ConvIn, check_addable, plan_weights
-from perflow_diffusers.weights.merge.sums import Kept, Layer, check_sums, sample, terms_of, write_weight
+from perflow_diffusers.weights.merge.sums import Kept, check_sums, sample, terms_of, write_weight
 from perflow_diffusers.weights.read.named import named_weights
 from perflow_diffusers.weights.read.unet_config import config_beside
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of

@@ -4,13 +4,13 @@ import copy
 import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, get_args
 
 import torch
 
 from perflow_diffusers.errors import MergeError
+from perflow_diffusers.weights.merge.edits import Edit, Layer, MergePlan
 from perflow_diffusers.weights.merge.layers import (
     Backup,
     MergeStack,
@@ -22,21 +22,16 @@ from perflow_diffusers.weights.merge.layers import (
     stack_of,
     write_layers,
 )
-from perflow_diffusers.weights.merge.plan import (
-    ConvIn,
-    Edit,
-    MergePlan,
-    plan_merge,
-    plan_weights,
-    usable_weights,
-)
-from perflow_diffusers.weights.merge.sums import Kept, Layer, check_sums
+from perflow_diffusers.weights.merge.plan import ConvIn, plan_merge, plan_weights, usable_weights
+from perflow_diffusers.weights.merge.report import MergeReport
+from perflow_diffusers.weights.merge.sums import Kept, check_sums
+from perflow_diffusers.weights.merge.undo import check_mergeable, rescale, rescale_merge, undo_last, undo_merge
 from perflow_diffusers.weights.merge.within import WITHIN, base_sample, share_within
 from perflow_diffusers.weights.read.live import find_unet
 from perflow_diffusers.weights.read.source import WeightSource
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of
 from perflow_diffusers.words.notices import warn_user
-from perflow_diffusers.words.shown import folded, shorten, shown
+from perflow_diffusers.words.shown import folded
 
 __all__ = [
     "Edit",
@@ -49,46 +44,6 @@ __all__ = [
     "set_delta_scale",
     "unmerge_delta",
 ]
-
-
-@shown
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did: counts of weights, names of special ones, bytes of the backup, seconds it took.
-
-    `kept` is the share of the change that is in the weights after they were rounded to their dtype, 0 to 1:
-    1 - |kept - wanted|^2 / |wanted|^2 with wanted = the sum of scale x delta over all merges on the UNet, and kept =
-    what the weights changed by, estimated from 64 places of each changed weight.
-    """
-
-    source: str
-    scale: Scale
-    changed: int
-    untouched: tuple[str, ...]
-    padded: tuple[str, ...]
-    skipped: tuple[str, ...]
-    backup: str
-    backup_bytes: int
-    seconds: float
-    kept: float = 1.0
-
-    def __post_init__(self) -> None:
-        shorten(self)
-
-    def __str__(self) -> str:
-        text = f"merged {self.source} x {Strength(self.scale)} into {self.changed} weights in {self.seconds:.2f} s"
-        for names, what in (
-            (self.padded, "on the first input channels of {}"),
-            (self.skipped, "{} skipped"),
-            (self.untouched, "{} other weights untouched"),
-        ):
-            if names:
-                shown = ", ".join(names) if what != "{} other weights untouched" else str(len(names))
-                text += "; " + what.format(shown)
-        if self.kept < 0.99:
-            text += f"; {100 * self.kept:.0f} % of it kept by the weights' dtype"
-        kept = {"none": "no backup, cannot be undone"}.get(self.backup, f"backup on {self.backup}")
-        return f"{text}; {kept}" + (f" ({self.backup_bytes / 2**20:.0f} MiB)" if self.backup_bytes else "")
 
 
 class MergeHandle:
@@ -170,45 +125,6 @@ def _no_unet() -> None:
     """The reference of a handle whose UNet is elsewhere."""
 
 
-def undo_merge(unet: torch.nn.Module, number: int | None, name: str, *, force: bool = False) -> None:
-    """Take one merge out of a UNet by its number; `name` is its source, for errors, as in `unmerge_delta`."""
-    layers = _layers_with(unet, number, name)
-    numbers = [layer.number for layer in layers]
-    if numbers[-1] != number:
-        above = layers[numbers.index(number) + 1 :] if number is not None else []
-        later = ", ".join(layer.plan.source.name for layer in reversed(above))
-        raise MergeError(
-            f"{name} is not the last merge on this UNet: merged after it, and to be undone before it: {later}. "
-            "(`set_scale(0)` switches it off where it is.)"
-        )
-    _undo_last(unet, force)
-
-
-def rescale_merge(unet: torch.nn.Module, number: int | None, name: str, scale: Any) -> None:
-    """Change the strength of one merge by its number; errors as in `set_delta_scale`."""
-    _layers_with(unet, number, name)
-    _rescale(unet, number, scale)
-
-
-def _layers_with(unet: torch.nn.Module, number: int | None, name: str) -> list[Layer]:
-    """The merges of a UNet, or the reason why nothing can be done to one of them."""
-    stack = stack_of(unet)
-    if number is None:
-        raise MergeError(_PERMANENT.format(name))
-    if number in stack.lost:
-        raise MergeError(_LOST.format(name))
-    if all(layer.number != number for layer in stack.layers):
-        raise MergeError(f"{name} is no longer merged: it was undone before.")
-    return stack.layers
-
-
-_PERMANENT = "{} was merged with backup='none', so nothing can undo or rescale it. Load the model again."
-_LOST = (
-    "{} was merged into this UNet before it was pickled, and a pickle keeps no copy of the base to go back to. Load "
-    "the model again."
-)
-
-
 def merge_delta(
     pipe_or_unet: Any, source: Any, scale: Scale | Strength = 1.0, *, conv_in: ConvIn = "pad", backup: Backup = "cpu"
 ) -> MergeHandle:
@@ -287,8 +203,8 @@ def unmerge_delta(pipe_or_unet: Any, *, force: bool = False) -> None:
     Raises `MergeError` if nothing is merged, or if it was merged with backup="none".
     """
     unet = find_unet(pipe_or_unet)
-    _check_mergeable(stack_of(unet))
-    _undo_last(unet, force)
+    check_mergeable(stack_of(unet))
+    undo_last(unet, force)
 
 
 def set_delta_scale(pipe_or_unet: Any, scale: Scale) -> None:
@@ -299,21 +215,8 @@ def set_delta_scale(pipe_or_unet: Any, scale: Scale) -> None:
     """
     unet = find_unet(pipe_or_unet)
     stack = stack_of(unet)
-    _check_mergeable(stack)
-    _rescale(unet, stack.layers[-1].number, scale)
-
-
-def _check_mergeable(stack: MergeStack) -> None:
-    """Refuse to undo or rescale what is not there."""
-    if not stack.layers and stack.permanent:
-        raise MergeError(_PERMANENT.format(stack.permanent[-1].source.name))
-    if not stack.layers and stack.lost:
-        name = list(stack.lost.values())[-1]
-        raise MergeError("Nothing is merged that could be undone: " + _LOST.format(name))
-    if not stack.layers:
-        raise MergeError(
-            "Nothing is merged into this UNet (or it was unpickled or loaded since). Call `merge_delta` first."
-        )
+    check_mergeable(stack)
+    rescale(unet, stack.layers[-1].number, scale)
 
 
 def _merge_layer(
@@ -343,24 +246,3 @@ def _merge_permanently(stack: MergeStack, layer: Layer, weights: Mapping[str, to
     kept = add_permanently(layer, weights)
     stack.permanent.append(layer.plan)
     return kept
-
-
-def _undo_last(unet: torch.nn.Module, force: bool) -> None:
-    stack = stack_of(unet)
-    weights = usable_weights(unet)
-    if force:
-        stack.marks = {name: mark for name, mark in stack.marks.items() if name not in weights}
-    check_unchanged(stack, weights)
-    last = stack.layers[-1]
-    write_layers(stack, stack.layers[:-1], weights, [edit.name for edit in last.plan.edits])
-
-
-def _rescale(unet: torch.nn.Module, number: int | None, scale: Any) -> None:
-    stack = stack_of(unet)
-    weights = usable_weights(unet)
-    strength = strength_of(scale, weights)
-    check_unchanged(stack, weights)
-    layers = [replace(layer, strength=strength) if layer.number == number else layer for layer in stack.layers]
-    plan = next(layer.plan for layer in layers if layer.number == number)
-    kept = write_layers(stack, layers, weights, [edit.name for edit in plan.edits])
-    kept.warn(f"{plan.source.name} x {strength}", {weights[edit.name].dtype for edit in plan.edits})

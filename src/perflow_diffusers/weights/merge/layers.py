@@ -16,8 +16,8 @@ import torch
 
 from perflow_diffusers.errors import MergeError
 from perflow_diffusers.io.writer import specs_of, write_safetensors
-from perflow_diffusers.weights.merge.plan import MergePlan
-from perflow_diffusers.weights.merge.sums import Kept, Layer, check_sums, sample, terms_of, write_weight
+from perflow_diffusers.weights.merge.edits import Layer, MergePlan
+from perflow_diffusers.weights.merge.sums import Kept, check_sums, sample, terms_of, write_weight
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.words.shown import shown

@@ -1,33 +1,19 @@
 """The sums that a merge writes, w = round(base + sum_i s_i * delta_i), in fp32: do they fit, and what does w keep."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 
 from perflow_diffusers.errors import MergeError
+from perflow_diffusers.weights.merge.edits import Layer
 from perflow_diffusers.weights.read import keys
-from perflow_diffusers.weights.scales import Strength
 from perflow_diffusers.words.notices import warn_user
-
-if TYPE_CHECKING:
-    from perflow_diffusers.weights.merge.plan import MergePlan
 
 _CHUNK = 1 << 18  # elements per fp32 temporary on the CPU: stays in its cache
 _CHUNK_DEVICE = 1 << 22
 _SAMPLES = 64
 _LOW = 0.5  # below this share of what was wanted, a merge is not what its user thinks
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One merge: a plan and its strength. `number` tells it from others on the same UNet."""
-
-    number: int
-    plan: "MergePlan"
-    strength: Strength
 
 
 Term = tuple[float, torch.Tensor, int | None]
