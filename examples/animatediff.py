@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter, StableDiffusionPipeline
@@ -10,10 +11,11 @@ from PIL import Image
 import perflow_diffusers as pf
 
 
-def zero_adapter(unet: torch.nn.Module) -> MotionAdapter:
+def zero_adapter(unet: Any) -> Any:
     """A motion adapter that fits the UNet and adds zero: it runs, and every frame stays a picture of its own."""
     print("this motion adapter is untrained: the frames are pictures of their own, not a movement")
-    adapter = MotionAdapter(unet.config.block_out_channels, 1, motion_num_attention_heads=4, motion_norm_num_groups=16)
+    sizes: dict[str, Any] = {"motion_num_attention_heads": 4, "motion_norm_num_groups": 16}
+    adapter: Any = MotionAdapter(unet.config.block_out_channels, 1, **sizes)
     for name, weights in adapter.named_parameters():
         if ".proj_out." in name:
             torch.nn.init.zeros_(weights)
@@ -41,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     motion = zero_adapter(base.unet) if args.miniature else MotionAdapter.from_pretrained(args.motion, dtype=dtype)
     delta, guidance_scale = ("miniature", 1.0) if args.miniature else (args.delta, 4.5)
     parts = {name: part for name, part in base.components.items() if name != "safety_checker"}
-    pipe = AnimateDiffPipeline(motion_adapter=motion, **parts).to(args.device)
+    pipe: Any = AnimateDiffPipeline(motion_adapter=motion, **parts)
+    pipe.to(args.device)
     pf.load_perflow(pipe, delta)  # weights and scheduler: of perflow-sd15-delta it knows diff_eps, 4 windows
     options = {"num_inference_steps": args.steps, "generator": torch.Generator().manual_seed(args.seed)}
     options["guidance_scale"] = guidance_scale if args.guidance_scale is None else args.guidance_scale

@@ -11,15 +11,16 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 import perflow_diffusers as pf
 
 
-def zero_adapter(pipe: StableDiffusionPipeline) -> dict:
+def zero_adapter(pipe) -> dict:
     """An IP-Adapter of zeros behind a small random image encoder: it runs, and changes nothing."""
     print("this IP-Adapter is untrained: the picture has no effect yet")
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-    pipe.image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(projection_dim=16, **size)).eval()
+    config = CLIPVisionConfig(hidden_size=12, num_hidden_layers=1, image_size=32, projection_dim=16)
+    pipe.image_encoder = CLIPVisionModelWithProjection(config).eval()
     width, layers = 96, [layer for name, layer in pipe.unet.named_modules() if name.endswith("attn2")]
     values = {f"{2 * i + 1}.to_{x}_ip.weight": torch.zeros(80, width) for i in range(len(layers)) for x in "kv"}
-    shapes = {"proj.weight": (4 * width, 16), "proj.bias": 4 * width, "norm.weight": width, "norm.bias": width}
-    return {"image_proj": {name: torch.zeros(shape) for name, shape in shapes.items()}, "ip_adapter": values}
+    image = {"proj.weight": torch.zeros(4 * width, 16), "proj.bias": torch.zeros(4 * width)}
+    image |= {name: torch.zeros(width) for name in ("norm.weight", "norm.bias")}
+    return {"image_proj": image, "ip_adapter": values}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ object out needs `pip install "rembg[cpu]"`.
 """
 
 import argparse
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -44,7 +45,7 @@ noise = torch.Generator(device).manual_seed(args.seed)
 picture = text(args.prompt, num_inference_steps=args.steps, guidance_scale=guidance, generator=noise).images[0]
 cut = picture.convert("RGBA") if args.tiny else wonder3d.remove_background(picture)
 cut = wonder3d.centre_object(cut, size=views.unet.config.sample_size * views.vae_scale_factor)
-drawn = views(cut, num_inference_steps=args.steps, generator=noise)
+drawn: Any = views(cut, num_inference_steps=args.steps, generator=noise)
 
 wonder3d.contact_sheet(drawn.normals, drawn.images).save(f"{args.out}.png")
 frames = wonder3d.turntable(drawn.normals, drawn.images)

@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -34,7 +35,7 @@ from perflow_training.run_folder import already_finished, choose_start, find_che
 from perflow_training.stopping import Stopped, Stopping
 from perflow_training.student import DTYPES
 from perflow_training.teacher.backbone import teacher_of
-from perflow_training.teacher.encode import latent_size
+from perflow_training.teacher.encode import Pipeline, latent_size
 from perflow_training.teacher.load import folder_of, load_pipeline
 from perflow_training.trainer import Trainer
 from perflow_training.validation import Validation
@@ -179,10 +180,11 @@ def _trainer(
             "`validation_steps` needs the VAE and the text encoders, which `train_cache_dir` keeps out of memory. Set "
             "validation_steps=0, or train without the cache."
         )
-    pipe = load_pipeline(config, encoders=not cached)
+    pipe: Pipeline = load_pipeline(config, encoders=not cached)
     teacher = teacher_of(pipe, config.rescale_betas_zero_snr)
     if cached:
-        shape = (teacher.network.config.in_channels, *latent_size(teacher.network.config))
+        network: Any = teacher.network
+        shape = (network.config.in_channels, *latent_size(network.config))
         loader: Loader = CachedLoader(shape, config, draws, accelerator.device)
     else:
         dtype = DTYPES[accelerator.mixed_precision]

@@ -75,10 +75,11 @@ def train(epochs: int, batch: int, seed: int) -> None:
         if torch.rand(()) < 0.3:
             pixels = nn.functional.avg_pool2d(nn.functional.pad(pixels, (1, 1, 1, 1), "replicate"), 3, 1)
         logits = classifier(pixels)
-        loss = sum(
+        losses = [
             nn.functional.cross_entropy(rows, wanted[name][index], label_smoothing=0.02)
             for name, rows in logits.items()
-        )
+        ]
+        loss = torch.stack(losses).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -27,7 +27,7 @@ STYLES = {
 def png(picture: np.ndarray) -> bytes:
     """A picture of SIZE x SIZE x 3 bytes as a PNG, in palette form where it has few colours."""
     image = Pictures.fromarray(picture)
-    if len(image.getcolors(SIZE * SIZE)) <= 256:
+    if len(image.getcolors(SIZE * SIZE) or ()) <= 256:
         palette = image.convert("P", palette=Pictures.Palette.ADAPTIVE)
         image = palette if np.array_equal(np.asarray(palette.convert("RGB")), picture) else image
     buffer = io.BytesIO()

@@ -24,11 +24,16 @@ def learn_tokenizer(captions: list[str], vocab_size: int = 768) -> CLIPTokenizer
     ordered = [*alphabet, *(f"{symbol}</w>" for symbol in alphabet), *("".join(pair) for pair in merges)]
     vocab = {token: index for index, token in enumerate([*dict.fromkeys(ordered), BOS, EOS])}
     return CLIPTokenizer(
-        vocab=vocab, merges=merges, model_max_length=MAX_LENGTH, bos_token=BOS, eos_token=EOS, pad_token=EOS
+        vocab=vocab,
+        merges=merges,  # type: ignore[arg-type]  # pairs are taken, too, whatever the annotation says
+        model_max_length=MAX_LENGTH,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
     )
 
 
-def _merges(state: bytes) -> list[tuple[str, str]]:
+def _merges(state: bytes) -> list[tuple[str, ...]]:
     merges = json.loads(state)["merges"]
     return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
 

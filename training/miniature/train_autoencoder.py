@@ -4,6 +4,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -29,7 +30,7 @@ def train(
 ) -> None:
     torch.manual_seed(seed)
     images = torch.cat([load_pictures(style, "train").images for style in ("avatars", "thumbs")])
-    vae = AutoencoderKL.from_pretrained(init) if init else AutoencoderKL(**CONFIG)
+    vae: Any = AutoencoderKL.from_pretrained(init) if init else AutoencoderKL(**CONFIG)
     vae.train().to(memory_format=torch.channels_last)
     ema = EMAModel(vae.parameters(), decay=0.998, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
@@ -63,7 +64,7 @@ def train(
 
 
 @torch.no_grad()
-def report(vae: AutoencoderKL, seconds: float) -> None:
+def report(vae: Any, seconds: float) -> None:
     """Sets the scaling factor (latents of unit variance) and prints the held-out reconstruction error."""
     pixels = to_unit(load_pictures("avatars", "test").images)
     mean = torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(128)])

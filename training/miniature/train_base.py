@@ -8,6 +8,7 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -78,7 +79,7 @@ class Samples:
 
 
 @torch.no_grad()
-def encode_samples(pipe: StableDiffusionPipeline, style: str) -> Samples:
+def encode_samples(pipe: Any, style: str) -> Samples:
     pictures = load_pictures(style, "train")
     mean, std = [], []
     for part in tqdm(to_unit(pictures.images).split(128), desc=f"encoding {style}", mininterval=5):
@@ -96,7 +97,7 @@ def encode_samples(pipe: StableDiffusionPipeline, style: str) -> Samples:
 def train(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    pipe = StableDiffusionPipeline.from_pretrained(args.init) if args.init else new_pipeline(args.vae)
+    pipe: Any = StableDiffusionPipeline.from_pretrained(args.init) if args.init else new_pipeline(args.vae)
     samples = encode_samples(pipe, args.style)
     modules = torch.nn.ModuleDict({"unet": pipe.unet})
     if args.init:

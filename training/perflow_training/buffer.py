@@ -171,7 +171,7 @@ class WindowBuffer:
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, JSON) of all that the next batches depend on."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for i, solve in enumerate(self.solves):
             rows = {"z_start": solve.z_start, "z_end": solve.z_end, "start": solve.start, "end": solve.end}
             # the windows of a trajectory share its conditions: stored once

@@ -4,13 +4,14 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import overload
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from perflow_diffusers.io.atomic import sync, sync_folder
 from perflow_diffusers.io.writer import specs_of, write_safetensors
@@ -158,9 +159,13 @@ def _gathered(values: Mapping[str, Tensor], keep: bool) -> Iterator[tuple[str, T
         del tensor  # before the next one comes
 
 
+@overload
+def whole(value: Tensor) -> Tensor: ...
+@overload
+def whole(value: float) -> float: ...
 def whole(value: Tensor | float) -> Tensor | float:
     """The whole of a tensor that may be sharded; all processes must call this."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def number_of(value: Tensor | float | None) -> float | None:
@@ -171,7 +176,7 @@ def number_of(value: Tensor | float | None) -> float | None:
 @torch.no_grad()
 def copy_into(target: Tensor, value: Tensor) -> None:
     """A whole tensor into a plain or sharded one."""
-    if hasattr(target, "device_mesh"):
+    if isinstance(target, DTensor):
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     target.copy_(value)
 

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from typing import cast
 
 import torch
 
@@ -28,6 +29,11 @@ def can_compile(device: torch.device) -> bool:
         return False
     logger.info("Compiling teacher and student: 1 to 2 minutes before the first step, and again for a new batch size.")
     return True
+
+
+def compiled(network: torch.nn.Module, dynamic: bool | None) -> torch.nn.Module:
+    """The network, compiled when it is first called; `dynamic` as `torch.compile` has it."""
+    return cast(torch.nn.Module, torch.compile(network, dynamic=dynamic))
 
 
 def _reason(error: Exception) -> str:

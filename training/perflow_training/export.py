@@ -10,7 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.base import base_facts
@@ -150,7 +150,7 @@ def _is_local(place: str) -> bool:
     return path.exists() or path.is_absolute() or len(path.parts) > 2 or place.startswith(("~", "."))
 
 
-def _write_student(unet: nn.Module, weights: WeightSource, folder: Path) -> Path:
+def _write_student(unet: Any, weights: WeightSource, folder: Path) -> Path:
     """Config and weights, in shards from the size on from which diffusers writes shards."""
     unet.save_config(make_folder(folder))
     specs = {name: (weights.shapes[name], weights.dtypes[name]) for name in weights}

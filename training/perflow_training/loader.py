@@ -5,9 +5,9 @@ from textwrap import shorten
 from typing import Protocol
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from perflow_diffusers.families import network_in
 from perflow_diffusers.words.shown import shown
 from perflow_training.config import ConfigError, TrainingConfig
 from perflow_training.data import DataOptions, open_examples
@@ -15,7 +15,7 @@ from perflow_training.data.cached import CachedStream
 from perflow_training.data.identity import model_identity
 from perflow_training.rng import Draws
 from perflow_training.teacher.conditions import Conditions
-from perflow_training.teacher.encode import encode_empty, encode_images, encode_prompts, picture_size
+from perflow_training.teacher.encode import Pipeline, encode_empty, encode_images, encode_prompts, picture_size
 
 Shape = tuple[int, int, int]
 CAPTION = 100  # characters of a caption that name an example
@@ -54,12 +54,12 @@ class Loader(Protocol):
 class EncodingLoader:
     """Captions and pictures, encoded by the pipeline when they are needed."""
 
-    def __init__(self, pipe: DiffusionPipeline, config: TrainingConfig, draws: Draws, device: torch.device):
+    def __init__(self, pipe: Pipeline, config: TrainingConfig, draws: Draws, device: torch.device):
         height, width = picture_size(pipe)
         if height != width and not config.resolution:
             raise ConfigError(f"The network draws {height} x {width} pictures: set `resolution` to the shorter side.")
         self.pipe, self.config, self.draws, self.device = pipe, config, draws, device
-        self.channels = pipe.unet.config.in_channels
+        self.channels = network_in(pipe).config.in_channels
         self.stream = open_examples(
             DataOptions.of(config).sized(height),
             seed=config.seed,
@@ -81,7 +81,7 @@ class EncodingLoader:
         names = tuple(f"{shorten(e.caption, CAPTION, placeholder=' ...')!r} ({e.name})" for e in examples)
         if not with_latents:
             return Material(cond, shape, None, names)
-        images = torch.stack([example.image for example in examples])
+        images = torch.stack([example.image for example in examples if example.image is not None])
         noise = self.draws.normal("posterior", number, (count, *shape))
         return Material(cond, shape, encode_images(self.pipe, images, noise), names)
 

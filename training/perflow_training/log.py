@@ -67,7 +67,7 @@ class StepLog:
 
 def to_trackers(accelerator: Accelerator, step: int, values: dict, names: str) -> None:
     """Hands a line of the log to the trackers `names`, a number a window; a full disk is no reason to end a run."""
-    flat = {}
+    flat: dict[str, object] = {}
     for name, value in values.items():
         if isinstance(value, list):
             flat |= {f"{name}/window_{i}": item for i, item in enumerate(value, 1) if item is not None}

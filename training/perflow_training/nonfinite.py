@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is no number: which samples they were made of, and whether they are left out."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from perflow_training.diagnostics import NotFinite, TrainingStopped, listed
 
 logger = logging.getLogger(__name__)
 KEPT = 1000  # steps
-Part = tuple[Sequence[str], Tensor]  # names of the samples that were trained on at once, and their losses (B,)
+Part = tuple[tuple[str, ...], Tensor]  # names of the samples that were trained on at once, and their losses (B,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +96,9 @@ class NonFinite:
         own = len(self.steps)
         for i in reversed(range(own)):
             values = [losses for _, losses in self.steps[i].parts]
-            if self.steps[i].norm is not None and self.accelerator.scaler is None:
-                values.append(torch.as_tensor(whole(self.steps[i].norm)))  # gathered by all, whatever their losses are
+            norm = self.steps[i].norm
+            if norm is not None and self.accelerator.scaler is None:
+                values.append(torch.as_tensor(whole(norm)))  # gathered by all, whatever their losses are
             if not all(bool(value.isfinite().all()) for value in values):
                 own = i
         every = gather_object([own])
@@ -105,7 +106,8 @@ class NonFinite:
 
     def _names(self, step: _Step) -> str:
         """The samples, of all processes, whose losses are no numbers; all of the step's if only its gradient is."""
-        bad, every = [], []
+        bad: list[str] = []
+        every: list[str] = []
         for names, losses in step.parts:
             finite = losses.isfinite().tolist()
             every += names

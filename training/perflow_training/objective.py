@@ -91,8 +91,8 @@ def solve_trajectories(
     for start, end in pairwise(windows.boundaries):
         states.append(solver(predict, teacher, states[-1], start, end))
     bounds = torch.tensor(windows.boundaries)
-    start, end = (part.repeat_interleave(len(noise)) for part in (bounds[:-1], bounds[1:]))
-    return SolvedWindows(torch.cat(states[:-1]), torch.cat(states[1:]), start, end, cond)
+    starts, ends = (part.repeat_interleave(len(noise)) for part in (bounds[:-1], bounds[1:]))
+    return SolvedWindows(torch.cat(states[:-1]), torch.cat(states[1:]), starts, ends, cond)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,8 @@ class Stopping:
     """
 
     def __init__(self) -> None:
-        self.asked, self.waits, self.handlers = 0, False, {}
+        self.asked, self.waits = 0, False
+        self.handlers: dict[int, Any] = {}
         self.device: torch.device | None = None  # of the messages between processes; None: there is one process
         self.speaks = True
         self.pending: tuple[torch.Tensor, torch.cuda.Event] | None = None

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ def lora_config(config: TrainingConfig) -> LoraConfig:
     """The LoRA that the options ask for, as PEFT describes it; it starts at zero difference."""
     return LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha or config.lora_rank,
+        lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]  # PEFT divides whatever it is
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
         init_lora_weights="gaussian",
@@ -39,7 +40,7 @@ def build_student(teacher: nn.Module, config: TrainingConfig, *, share: bool = T
     """
     if config.lora_rank and share:
         own = {id(tensor): tensor for tensor in [*teacher.parameters(), *teacher.buffers()]}
-        network = copy.deepcopy(teacher, own)
+        network: Any = copy.deepcopy(teacher, own)
     else:
         network = copy.deepcopy(teacher)
     if config.lora_rank:
@@ -115,16 +116,17 @@ def _scatter(network: nn.Module) -> None:
 
 def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW over the trained parameters, in 8 bits if asked for."""
-    kind = torch.optim.AdamW
+    kind: Any = torch.optim.AdamW
     if config.use_8bit_adam:
         try:
-            from bitsandbytes.optim import AdamW8bit as kind
+            from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise ConfigError(
                 "`use_8bit_adam=true` needs the package bitsandbytes: pip install bitsandbytes, or set it to false."
             ) from error
         if not torch.cuda.is_available():
             raise ConfigError("`use_8bit_adam=true` needs a CUDA GPU. Set it to false here.")
+        kind = AdamW8bit
     return kind(
         [parameter for parameter in network.parameters() if parameter.requires_grad],
         lr=config.learning_rate,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +24,7 @@ from perflow_training.checkpoint import (
     save_checkpoint,
     use_trained_weights_only,
 )
-from perflow_training.compiling import can_compile
+from perflow_training.compiling import can_compile, compiled
 from perflow_training.config import TrainingConfig
 from perflow_training.diagnostics import Watch, answers_zero, check_start, expectation
 from perflow_training.lazy import read_afresh
@@ -59,7 +60,7 @@ HEAVY = (
     "network", "optimizer", "schedule", "parameters", "ema", "plain_teacher", "plain_student", "teacher", "student",
     "buffer", "loader", "validate",
 )  # fmt: skip
-Validate = Callable[[int, Backbone], dict[str, float]]
+Validate = Callable[[int, Backbone], dict]
 
 
 class Trainer:
@@ -97,7 +98,7 @@ class Trainer:
         if config.torch_compile and can_compile(accelerator.device):
             # teacher and student share their code: without this, the second batch size makes all shapes symbolic
             dynamic = None if config.aspect_buckets else False
-            pair = [replace(one, network=torch.compile(one.network, dynamic=dynamic)) for one in pair]
+            pair = [replace(one, network=compiled(one.network, dynamic)) for one in pair]
         self.teacher, self.student = pair
         self.buffer = WindowBuffer(self.solve, config.buffer_size, config.reuse, draws, config.solve_batch_size)
         self.solve_seconds = 0.0
@@ -117,7 +118,7 @@ class Trainer:
         arguments = (self.teacher, self.windows, Solver.of(self.config))
         if from_data:
             window = (self.draws.uniform("start", number, count) * self.windows.num_windows).long()
-            latents = material.latents.to(noise.device)
+            latents = cast(Tensor, material.latents).to(noise.device)
             solved = solve_from_data(
                 *arguments, latents, noise, window, cond, self.loader.uncond, guidance, self.config.zero_snr
             )
@@ -219,7 +220,7 @@ class Trainer:
                     values = log.take(
                         number_of(norm),
                         self.solve_seconds,
-                        learning_rate=self.schedule.get_last_lr()[0],
+                        learning_rate=float(self.schedule.get_last_lr()[0]),
                         solved=self.buffer.solved,
                         **self.loader.describe(),
                         **self.nonfinite.describe(),
@@ -234,7 +235,7 @@ class Trainer:
                     self._tell(values, on_log)
                 told = self.stopping.agreed()
                 if config.validation_steps and self.step % config.validation_steps == 0 and self.validate is not None:
-                    told = told or self._validated(on_log) or self.stopping.agreed()
+                    told = told or self._validated(self.validate, on_log) or self.stopping.agreed()
                 due = config.checkpointing_steps and self.step % config.checkpointing_steps == 0
                 if due or last or told:
                     with self.nonfinite.named():  # rather than let broken weights replace a good checkpoint
@@ -243,12 +244,9 @@ class Trainer:
                     told = told or self.stopping.agreed()
         if told:
             raise Stopped(told)
-        saved = self.saved is not None and step_of(self.saved) == self.step
-        return (
-            read_afresh(self.saved / EMA)
-            if saved
-            else full_tensors(self._ema(), keep=self.accelerator.is_main_process)
-        )
+        if self.saved is not None and step_of(self.saved) == self.step:
+            return read_afresh(self.saved / EMA)
+        return full_tensors(self._ema(), keep=self.accelerator.is_main_process)
 
     def _step(self, log: StepLog) -> Tensor | float | None:
         """One optimiser step; returns the gradient norm, None for a step that was left out."""
@@ -283,12 +281,12 @@ class Trainer:
             on_log(self.step, values)
         to_trackers(self.accelerator, self.step, values, self.config.report_to)
 
-    def _validated(self, on_log: Callable[[int, dict], None] | None) -> int:
+    def _validated(self, validate: Validate, on_log: Callable[[int, dict], None] | None) -> int:
         """Draws and logs; returns the signal that ended it before, 0 for none."""
         self.network.eval()
         try:
             with values_in_place(self.accelerator.unwrap_model(self.network), self.ema.shadow_params):
-                values = self.validate(self.step, self.plain_student)
+                values = validate(self.step, self.plain_student)
         except Stopped as stopped:
             return stopped.signal
         finally:
@@ -301,7 +299,7 @@ class Trainer:
 
     def release(self) -> None:
         """Frees networks, optimiser, EMA, windows and encoders: it cannot train any more."""
-        self.schedule.optimizer = None  # the accelerator keeps the schedule
+        self.schedule.optimizer = None  # type: ignore[assignment]  # the accelerator keeps the schedule
         for name in HEAVY:
             setattr(self, name, None)
         if self.config.torch_compile:

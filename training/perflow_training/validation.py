@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from perflow_diffusers.flow import Windows, euler
 from perflow_training.config import TrainingConfig
 from perflow_training.stopping import Stopped, Stopping
 from perflow_training.teacher.backbone import Backbone
-from perflow_training.teacher.encode import decode_latents, encode_prompts, latent_size
+from perflow_training.teacher.encode import Pipeline, decode_latents, encode_prompts, latent_size
 
 logger = logging.getLogger(__name__)
 SIDE = 128  # pixels at least of a picture's width
@@ -59,7 +58,7 @@ class Validation:
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
+        pipe: Pipeline,
         config: TrainingConfig,
         windows: Windows,
         accelerator,
@@ -114,7 +113,7 @@ class Validation:
     def _flags(self) -> dict:
         return {"requires_safety_checker": False} if "safety_checker" in self.pipe.components else {}
 
-    def _draw(self, pipe: DiffusionPipeline, steps: int, guidance: float) -> list[Image.Image]:
+    def _draw(self, pipe: Pipeline, steps: int, guidance: float) -> list[Image.Image]:
         pictures = []
         for prompt, noise in zip(self.config.validation_prompts, self.noise, strict=True):
             size = {"height": noise.shape[1] * pipe.vae_scale_factor, "width": noise.shape[2] * pipe.vae_scale_factor}
@@ -126,7 +125,7 @@ class Validation:
             pictures += pipe.image_processor.postprocess(decode_latents(pipe, out.images), output_type="pil")
         return pictures
 
-    def _go_on(self, pipe: DiffusionPipeline, step: int, timestep: int, tensors: dict) -> dict:
+    def _go_on(self, pipe: Pipeline, step: int, timestep: int, tensors: dict) -> dict:
         """What diffusers calls after each sampling step."""
         told = self.stopping.agreed()
         if told:
@@ -170,7 +169,7 @@ def picture_grid(columns: dict[str, list[Image.Image]]) -> Image.Image:
     return grid
 
 
-def _latent_size(pipe: DiffusionPipeline, config: TrainingConfig) -> tuple[int, int]:
+def _latent_size(pipe: Pipeline, config: TrainingConfig) -> tuple[int, int]:
     if config.resolution:
         return (config.resolution // pipe.vae_scale_factor,) * 2
     return latent_size(pipe.unet.config)

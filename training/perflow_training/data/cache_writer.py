@@ -25,7 +25,7 @@ from perflow_training.data.manifest import (
 from perflow_training.data.order import Drawn
 from perflow_training.data.report import Failure, FailureLimit
 from perflow_training.data.sources.open import open_source
-from perflow_training.data.sources.record import Record, Source
+from perflow_training.data.sources.record import Record, ShardedSource, Source
 from perflow_training.data.stream import Cropper, Size
 from perflow_training.errors import DataError
 from perflow_training.teacher.conditions import time_ids
@@ -107,7 +107,7 @@ def _begin(folder: Path, made: dict, encoders: Encoders, dtype: torch.dtype) -> 
 def _write_shards(
     folder: Path, source: Source, manifest: dict, writer: "_Writer", shard_size: int, progress: Progress | None
 ) -> None:
-    total = None if hasattr(source, "num_shards") else len(source)
+    total = None if isinstance(source, ShardedSource) else len(source)
     limit = FailureLimit(total)
     shards = manifest["shards"]
     walk = _walk(source, shards[-1]["next"] if shards else [0, 0])
@@ -132,7 +132,7 @@ def _write_shards(
 
 def _walk(source: Source, begin: list[int]) -> Iterator[tuple[Record, list[int]]]:
     """Every record once from `begin` (shard, number in it) on, in the source's order, and where the next one is."""
-    if not hasattr(source, "num_shards"):
+    if not isinstance(source, ShardedSource):
         for number in range(begin[1], len(source)):
             yield source[number], [0, number + 1]
         return
@@ -221,7 +221,8 @@ class _Writer:
     def _rows(self, examples: list[Example]) -> dict[str, Tensor]:
         rows = self.encoders.encode_prompts([example.caption for example in examples])
         if self.with_images:
-            rows = {**rows, **self.encoders.encode_images(torch.stack([example.image for example in examples]))}
+            pictures = [example.image for example in examples if example.image is not None]
+            rows = {**rows, **self.encoders.encode_images(torch.stack(pictures))}
         rows = {name: _stored(tensor, self.dtype) for name, tensor in rows.items()}
         if "pooled" in rows and examples[0].target_size != (0, 0):  # prompts alone: an uncropped picture's, if known
             rows["add_time_ids"] = time_ids([example.sizes for example in examples])

@@ -136,14 +136,19 @@ class CachedStream:
         self._used += count
         rows = [row for _, row in done]
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        columns = ("latents", "prompt_embeds", "pooled", "add_time_ids")
-        return CachedBatch(**{name: stacked.get(name) for name in columns}, names=tuple(name for name, _ in done))
+        return CachedBatch(
+            stacked.get("latents"),
+            stacked["prompt_embeds"],
+            stacked.get("pooled"),
+            stacked.get("add_time_ids"),
+            tuple(name for name, _ in done),
+        )
 
     def _work(self, items: Sequence[Sample], place: int) -> tuple[str, dict[str, Tensor]]:
         drawn = items[place].drawn
         row = {name: tensor.float() for name, tensor in self._rows.load(drawn.record, self._columns).items()}
         mean, std = row.pop("latents_mean", None), row.pop("latents_std", None)
-        if mean is not None:
+        if mean is not None and std is not None:
             entropy = np.random.SeedSequence(generator_seed(self._seed, 3, drawn.ref)).generate_state(1, np.uint64)
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(entropy[0]) >> 1))
             row["latents"] = to_latents((mean + std * noise)[None], self.manifest["scaling"])[0]

@@ -46,12 +46,12 @@ def check_same(folder: Path, manifest: dict, wanted: dict) -> None:
             continue  # older than the option
         made = manifest.get(name)
         if name == "model":
-            if not same_model(made, value):
+            if not same_model(str(made), value):
                 raise DataError(f"The cache {folder} was made with the model {made}, not with {value}. {way_out}")
         elif name == "source":
             if made != value:
                 raise DataError(
-                    f"The cache {folder} was made from other data: their fingerprint is {made[:12]}, that of the "
+                    f"The cache {folder} was made from other data: their fingerprint is {str(made)[:12]}, that of the "
                     f"source given now {value[:12]}. {way_out}"
                 )
         elif made != value:

@@ -2,23 +2,33 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
 from perflow_diffusers.words.shown import shown
 from perflow_training.data.report import FailureLimit
-from perflow_training.data.sources.record import IndexedSource, Record, ShardedSource
+from perflow_training.data.sources.record import Record, ShardedSource
 from perflow_training.errors import DataError
 
 #: Where in the order a record was met, sortable by time: numbers only, the epoch first.
 Ref = tuple[int, ...]
 
 
+class Numbered(Protocol):
+    """Records of any kind by number: of a source, or rows of a cache."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Any: ...
+
+
 @shown
 @dataclass(frozen=True)
 class Drawn:
+    """A record of a source (or a row of a cache), and where in the order it was met."""
+
     ref: Ref
-    record: Record
+    record: Any
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -29,7 +39,7 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 class IndexedOrder:
     """All records of an epoch in a random order; position is (epoch, place)."""
 
-    def __init__(self, source: IndexedSource, seed: int):
+    def __init__(self, source: Numbered, seed: int):
         self.source = source
         self.seed = seed
         self.epoch = 0

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -16,7 +17,7 @@ from perflow_training.data.images import fit, load_rgb, read_size
 from perflow_training.data.order import Drawn, IndexedOrder, Order, ShardedOrder
 from perflow_training.data.report import FAILURES, DataReport, Failure, FailureLimit
 from perflow_training.data.sources.open import open_source
-from perflow_training.data.sources.record import Record, Source
+from perflow_training.data.sources.record import Record, ShardedSource, Source
 from perflow_training.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def order_of(source: Source, options: DataOptions, seed: int) -> Order:
     """The order in which a source is met."""
     if seed < 0:
         raise DataError(f"`seed={seed}` must be 0 or more.")
-    if hasattr(source, "num_shards"):
+    if isinstance(source, ShardedSource):
         return ShardedOrder(source, seed, options.shuffle_buffer)
     if not len(source):
         raise DataError("The source of examples is empty. Look at its files, split and column names.")
@@ -130,7 +131,7 @@ class ExampleStream:
         self.source = open_source(options, with_images=with_images)
         self._cropper = Cropper(options, seed, with_images)
         order = order_of(self.source, options, seed)
-        total = len(self.source) if isinstance(order, IndexedOrder) else None
+        total = None if isinstance(self.source, ShardedSource) else len(self.source)
         self._batches = Prefetcher(
             BatchSampler(order, lambda drawn: self._cropper.size(drawn.record), FailureLimit(total)),
             self._work,
@@ -147,16 +148,16 @@ class ExampleStream:
 
     def batch(self, count: int) -> list[Example]:
         """The next `count` examples of this process."""
-        examples: list[Example | None] = [None]
-        while None in examples:  # a global batch without one whole picture: all processes see that and go on
+        examples: list[Example] = []
+        while len(examples) < count:  # a global batch without one whole picture: all processes see that and go on
             plan, done = self._batches.next(count)
             for failure in plan.failures:
                 self._note(failure)
-            for _, failure in done:
-                self._pixels.add(failure)
-                if failure is not None:
-                    self._note(failure)
-            examples = [example for example, _ in done]
+            for _, broken in done:
+                self._pixels.add(broken)
+                if broken is not None:
+                    self._note(broken)
+            examples = [example for example, _ in done if example is not None]
         self._counts["used"] += count
         self._epoch = plan.epoch
         if self._epoch and not self._reported:
@@ -169,7 +170,7 @@ class ExampleStream:
         first: Failure | None = None
         for step in range(len(items)):
             item = items[(place + step) % len(items)]
-            example = self._cropper.example(item.drawn, item.group)
+            example = self._cropper.example(item.drawn, cast(Size, item.group))
             if isinstance(example, Example):
                 return example, first
             first = first or example

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from perflow_diffusers.families import COMPONENTS, network_in
@@ -15,6 +14,7 @@ from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.words.shown import shown
 from perflow_training.errors import ConfigError
 from perflow_training.teacher.conditions import Conditions
+from perflow_training.teacher.encode import Pipeline
 
 
 @shown
@@ -84,7 +84,7 @@ def base_of_scheduler(scheduler: Any, rescale_betas_zero_snr: bool = False) -> B
     return sampler.base
 
 
-def teacher_of(pipe: DiffusionPipeline, rescale_betas_zero_snr: bool = False) -> Backbone:
+def teacher_of(pipe: Pipeline, rescale_betas_zero_snr: bool = False) -> Backbone:
     """The pipeline's own network and noise schedule, as the teacher. Raises ConfigError for what cannot be one."""
     network = network_in(pipe)
     if network is None:
@@ -109,7 +109,7 @@ def teacher_of(pipe: DiffusionPipeline, rescale_betas_zero_snr: bool = False) ->
     return Backbone(network, base.path, prediction, base.index_offset)
 
 
-def _check_sizes(pipe: DiffusionPipeline, network: torch.nn.Module) -> None:
+def _check_sizes(pipe: Pipeline, network: Any) -> None:
     """Raises ConfigError for a network that is told something else of the picture than SDXL's six numbers."""
     config, encoder = network.config, getattr(pipe, "text_encoder_2", None)
     if config.get("addition_embed_type") != "text_time" or encoder is None:

@@ -7,15 +7,15 @@ from types import MappingProxyType
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from perflow_diffusers.errors import WeightSourceError
-from perflow_diffusers.families import NETWORKS
+from perflow_diffusers.families import NETWORKS, network_in
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.read.keys import canonical_map
 from perflow_diffusers.words.shown import shown
 from perflow_training.lazy import as_source, read_afresh
+from perflow_training.teacher.encode import Pipeline
 
 
 @shown
@@ -28,7 +28,7 @@ class Base:
 
     weights: WeightSource
     unet: nn.Module
-    pipeline: Path | DiffusionPipeline
+    pipeline: Path | Pipeline
 
 
 def base_in_folder(folder: Path, variant: str | None, name: str) -> Base | None:
@@ -61,9 +61,9 @@ def base_in_folder(folder: Path, variant: str | None, name: str) -> Base | None:
     return Base(weights, unet, folder)
 
 
-def loaded_base(pipe: DiffusionPipeline, name: str) -> Base:
+def loaded_base(pipe: Pipeline, name: str) -> Base:
     """The base of a pipeline in memory, in float32."""
-    return Base(as_source(open_weights(pipe.unet), name), pipe.unet, pipe)
+    return Base(as_source(open_weights(network_in(pipe)), name), network_in(pipe), pipe)
 
 
 def _empty(folder: Path) -> nn.Module | None:

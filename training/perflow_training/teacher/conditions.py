@@ -48,7 +48,8 @@ class Conditions:
     def drop(self, dropped: Tensor, uncond: Conditions) -> Conditions:
         """Rows where `dropped` (B,) bool holds lose their prompt."""
         empty, mask = self.without_prompt(uncond), dropped.to(self.embeds.device)[:, None]
-        pooled = None if self.pooled is None else torch.where(mask, empty.pooled, self.pooled)
+        both = empty.pooled, self.pooled
+        pooled = None if both[0] is None or both[1] is None else torch.where(mask, both[0], both[1])
         return Conditions(torch.where(mask[..., None], empty.embeds, self.embeds), pooled, self.time_ids)
 
     def kwargs(self) -> dict:

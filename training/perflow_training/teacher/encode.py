@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from perflow_diffusers.families import network_in
@@ -14,6 +13,8 @@ from perflow_training.errors import ConfigError
 from perflow_training.teacher.conditions import Conditions, Sizes, time_ids
 
 Encoded = dict[str, Tensor]
+#: A diffusers pipeline: what it holds is known only when it runs.
+Pipeline = Any
 #: keys of an autoencoder's config that say how latents follow from its posterior
 SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
@@ -31,12 +32,12 @@ class Encoders:
 
     model: str
     encode_prompts: Callable[[list[str]], Encoded]
-    encode_images: Callable[[Tensor], Encoded] | None
+    encode_images: Callable[[Tensor], Encoded]
     empty_prompt: Callable[[], Encoded]
     scaling: Mapping[str, Any]
 
 
-def pipeline_encoders(pipe: DiffusionPipeline, model: str = "", device: torch.device | str | None = None) -> Encoders:
+def pipeline_encoders(pipe: Pipeline, model: str = "", device: torch.device | str | None = None) -> Encoders:
     """Encoders of a Stable Diffusion 1, 2 or XL pipeline, by its own `encode_prompt` and `vae`."""
     place = torch.device(device or pipe.device)
 
@@ -77,7 +78,7 @@ def conditions_of(encoded: Mapping[str, Tensor], sizes: Sequence[Sizes]) -> Cond
 
 
 def encode_prompts(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     prompts: Sequence[str],
     sizes: Sequence[Sizes] | None = None,
     batch_size: int = 256,
@@ -97,12 +98,12 @@ def encode_prompts(
     )
 
 
-def encode_empty(pipe: DiffusionPipeline, device: torch.device | str | None = None) -> Conditions:
+def encode_empty(pipe: Pipeline, device: torch.device | str | None = None) -> Conditions:
     """One row: what the pipeline itself uses where no negative prompt is given (zeros for SDXL base)."""
     return conditions_of(pipeline_encoders(pipe, device=device).empty_prompt(), [uncropped(pipe)])
 
 
-def encode_images(pipe: DiffusionPipeline, images: Tensor, noise: Tensor, batch_size: int = 16) -> Tensor:
+def encode_images(pipe: Pipeline, images: Tensor, noise: Tensor, batch_size: int = 16) -> Tensor:
     """Scaled latents (N, C, h, w) of images (N, 3, H, W) in -1..1; `noise` (N, C, h, w) draws from the posterior."""
     encoders, vae = pipeline_encoders(pipe), pipe.vae
     latents = []
@@ -127,7 +128,7 @@ def to_latents(posterior: Tensor, scaling: Mapping[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def decode_latents(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+def decode_latents(pipe: Pipeline, latents: Tensor) -> Tensor:
     """Pictures (N, 3, H, W) in -1..1 of scaled latents (N, C, h, w), in the VAE's dtype."""
     vae = pipe.vae
     z = latents.to(vae.device, torch.float32) / vae.config.scaling_factor
@@ -145,7 +146,7 @@ def _by_channel(scaling: Mapping[str, Any], z: Tensor) -> tuple[Tensor, Tensor] 
     return mean, std
 
 
-def _wants_pooled(pipe: DiffusionPipeline) -> bool:
+def _wants_pooled(pipe: Pipeline) -> bool:
     """Whether the network wants pooled embeddings and picture sizes beside the prompt."""
     network = network_in(pipe)  # none where a cache is made
     return network is not None and network.config.get("addition_embed_type") == "text_time"
@@ -158,13 +159,13 @@ def latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
     return height, width
 
 
-def picture_size(pipe: DiffusionPipeline, config: Mapping[str, Any] | None = None) -> tuple[int, int]:
+def picture_size(pipe: Pipeline, config: Mapping[str, Any] | None = None) -> tuple[int, int]:
     """(height, width) of the pictures that the pipeline draws by default; `config` of a network that it lacks."""
     height, width = latent_size(network_in(pipe).config if config is None else config)
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
 
 
-def uncropped(pipe: DiffusionPipeline) -> Sizes:
+def uncropped(pipe: Pipeline) -> Sizes:
     """What SDXL is told of a picture of the pipeline's own size."""
     full = picture_size(pipe)
     return full, (0, 0), full

@@ -71,9 +71,9 @@ class FolderSource:
 
     def fingerprint(self) -> str:
         """Names, sizes and captions: not the place of the folder nor the times of its files."""
+        records = ((name, self[index], self.folder / name) for index, name in enumerate(self.names))
         return digest(
-            (name, record.caption, record.image.stat().st_size if record.image.is_file() else None)
-            for name, record in ((name, self[index]) for index, name in enumerate(self.names))
+            (name, record.caption, path.stat().st_size if path.is_file() else None) for name, record, path in records
         )
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from perflow_diffusers.words.shown import shown
 from perflow_training.errors import DataError
@@ -31,18 +31,22 @@ class Record:
 class IndexedSource(Protocol):
     """Records by number, each at the same cost."""
 
-    has_images: bool
+    @property
+    def has_images(self) -> bool: ...
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Record: ...
     def fingerprint(self) -> str: ...
 
 
+@runtime_checkable
 class ShardedSource(Protocol):
     """Records that come one after the other out of `num_shards` parts of unknown length."""
 
-    has_images: bool
-    num_shards: int
+    @property
+    def has_images(self) -> bool: ...
+    @property
+    def num_shards(self) -> int: ...
 
     def read(self, shard: int, start: int) -> Iterator[Record]: ...
     def fingerprint(self) -> str: ...

@@ -152,7 +152,7 @@ def _source(table: Dataset | IterableDataset, options: DataOptions, with_images:
         table = table.cast_column(image, Image(decode=False))
     kind = (table.features or {}).get(caption)
     classes = kind.names if isinstance(kind, ClassLabel) else []
-    make = StreamedTable if isinstance(table, IterableDataset) else StoredTable
+    make: Any = StreamedTable if isinstance(table, IterableDataset) else StoredTable
     return make(table, caption, image if with_images else None, image is not None, origin, classes)
 
 

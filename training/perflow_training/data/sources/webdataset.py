@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from perflow_training.data.sources.record import PICTURES, Record, caption_of, digest, own_caption
 from perflow_training.errors import DataError
@@ -110,10 +110,10 @@ class _Header(tarfile.TarInfo):
     """A member whose archive remembers having met the blocks that close a tar."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, archive: Any) -> Any:
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # of no stub, though of every Python
             archive.closed_by_its_mark = True
             raise
 
@@ -123,6 +123,7 @@ def _parts(stream: IO[bytes], url: str) -> Iterator[dict]:
 
     `tarfile` itself, and webdataset with it, takes a file that was cut between two members for a shorter one.
     """
+    archive: Any
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
         for member in archive:
             archive.members = []  # a list of all of them is of no use in a stream
