@@ -16,6 +16,7 @@ pytest.importorskip("gradio", reason='the page needs Gradio: pip install -e ".[a
 
 from perflow_diffusers.app import page, room, server
 from perflow_diffusers.app.desk import Desk
+from perflow_diffusers.app.hosts import LOOPBACK
 from perflow_diffusers.app.live import NAMES, Live
 from perflow_diffusers.app.pictures import MAX_BYTES
 from perflow_diffusers.app.settings import Settings
@@ -71,7 +72,7 @@ def test_the_server_asks_no_other_machine_for_anything(asked_for, monkeypatch):
     finally:
         running.stop()
     asked = asked_for()
-    assert asked and set(asked) <= {*server.LOOPBACK, "0.0.0.0", "None"}
+    assert asked and set(asked) <= {*LOOPBACK, "0.0.0.0", "None"}
 
 
 @pytest.mark.parametrize(

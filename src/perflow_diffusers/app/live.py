@@ -24,9 +24,9 @@ from perflow_diffusers.app import views
 from perflow_diffusers.app.code import as_python
 from perflow_diffusers.app.desk import DeskError, Ticket, sentence
 from perflow_diffusers.app.drawing import fit
+from perflow_diffusers.app.hosts import LOOPBACK
 from perflow_diffusers.app.pictures import MAX_BYTES, PictureError, check_upload, from_png
 from perflow_diffusers.app.room import Room, described
-from perflow_diffusers.app.server import LOOPBACK
 from perflow_diffusers.app.settings import Settings
 from perflow_diffusers.app.studio import Studio
 from perflow_diffusers.miniature import miniature_prompts, unknown_words_sentence

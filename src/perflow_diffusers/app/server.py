@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine
+from perflow_diffusers.app.hosts import LOOPBACK
+
 FIRST_PORT, LAST_PORT = 7860, 7959
 MISSING = 'The page needs Gradio. Install it with: pip install "perflow-diffusers[app]"'
 

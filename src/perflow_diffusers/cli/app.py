@@ -40,7 +40,8 @@ def app_command(
         perflow app --model Lykon/dreamshaper-8 --accelerator perflow-sd15-delta
     """
     with failing("app"):
-        from perflow_diffusers.app.server import LOOPBACK, serve
+        from perflow_diffusers.app.hosts import LOOPBACK
+        from perflow_diffusers.app.server import serve
 
         if host not in LOOPBACK:
             note("app", f"everyone who reaches {host} can use this page.")

@@ -94,7 +94,7 @@ class PeRFlowArtifact(Settings):
 
     @classmethod
     def from_pretrained(cls, source: Any, weights: str = "auto", **where: Unpack[HubOptions]) -> "PeRFlowArtifact":
-        """From a folder, a file, a short name or a Hub id, in this order.
+        """From `source`: a folder, a file, a short name or a Hub id, in this order.
 
         `weights`: "auto" (the delta if there is one, else the LoRA), "delta", "lora", "all", or "none" for settings
         alone. `where`: the options of `open_weights`, as in diffusers. Errors as above.
@@ -141,7 +141,7 @@ class PeRFlowArtifact(Settings):
         return PeRFlowArtifact.from_folder(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Publish the folder that this artefact was saved to; `options` and errors as in `push_perflow`."""
+        """Publish the folder that this artefact was saved to; `repo_id`, `options` and errors as in `push_perflow`."""
         if self.folder is None or not (self.folder / "perflow.json").is_file():
             raise ArtifactError("This artefact is not in a folder yet. Call `save(folder)` first and push its result.")
         return push_perflow(self.folder, repo_id, **options)

@@ -47,8 +47,8 @@ def export_pipeline(
 ) -> Path:
     """Save a pipeline with PeRFlow in its weights so that it loads without this package; returns the folder.
 
-    `pipe`: after `load_perflow`, or `merge_delta` with a `PeRFlowScheduler`; it stays as it is. "plain": a stock
-    DDIM scheduler in `model_index.json`, which is near but not the same (the card says how), and our scheduler's
+    `pipe`: after `load_perflow`, or `merge_delta` with a `PeRFlowScheduler`; it stays as it is. `form` "plain": a
+    stock DDIM scheduler in `model_index.json`, which is near but not the same (the card says how), and our scheduler's
     configuration beside it, which `set_scheduler(pipe)` reads. "code": our scheduler, with its code in one file of
     the repository; loading it asks for `trust_remote_code=True`. `base_model`, `license` (formerly
     `licence`): for the card.

@@ -49,7 +49,8 @@ def push_perflow(
 
     One commit, on `revision` (a branch; created if missing) or as a pull request. Only files that belong to it are
     uploaded. The card's snippet is made to load `repo_id`, and the licence is filled in: `license` (formerly
-    `licence`), what the artefact says, or the base model's own. Returns the address of the commit or pull request.
+    `licence`), what the artefact says, or the base model's own. `private`, `create_pr`, `commit_message` and
+    `exist_ok` are those of huggingface_hub. Returns the address of the commit or pull request.
 
     Raises `PushError` (a ValueError) for what `plan_push` refuses, if nobody is logged in, or if the Hub refuses.
     The token goes to huggingface_hub only.

@@ -130,7 +130,8 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """A scheduler from the config of any diffusers scheduler of discrete betas; `kwargs` override it.
 
         `prediction_type="ddim_eps"` among them is what most pipelines need. The base's own prediction type and noise
-        schedule are kept even where the other scheduler had them by default. Raises ValueError where nothing says how
+        schedule are kept even where the other scheduler had them by default. `return_unused_kwargs`: the result is
+        (scheduler, what it did not know). Raises ValueError where nothing says how
         the PeRFlow weights were trained, and for a base of another process (flow matching, EDM, consistency, ...).
         """
         config = kwargs.pop("pretrained_model_name_or_path", config)
@@ -240,7 +241,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self.windows.grid(n)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """The sample itself: PeRFlow's network takes the state as it is."""
+        """The sample itself, whatever the `timestep`: PeRFlow's network takes the state as it is."""
         return sample
 
     def step(

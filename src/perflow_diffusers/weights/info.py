@@ -106,7 +106,7 @@ class WeightsInfo:
 
 
 def describe_weights(source: Any, **where: Unpack[HubOptions]) -> WeightsInfo:
-    """Say what `source` (anything that `open_weights` takes, with its options) is; reads headers only.
+    """Say what `source` is, anything that `open_weights` takes with `where` as its options; reads headers only.
 
     Raises `WeightSourceError` for what cannot be found or read.
     """

@@ -87,7 +87,7 @@ def combine(
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CombineReport:
-    """Write the sum of LoRAs or deltas, each times its scale (default: 1 for all), as one LoRA or one delta.
+    """Write the sum of LoRAs or deltas, each times its number of `scales` (default: 1 for all), as one LoRA or delta.
 
     `sources` are what `open_weights` takes. Of LoRAs only (any layouts, text encoder layers and residuals included)
     comes a LoRA in the layout of diffusers, exactly: the factors of a layer stand beside each other, so that its rank

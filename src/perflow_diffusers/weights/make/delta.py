@@ -122,7 +122,10 @@ def compute_delta(
 
 
 def check_delta(base: Any, tuned: Any, *, round_base: bool = False) -> str:
-    """One sentence on what `compute_delta(base, tuned)` makes; reads a few tensors. Raises what it would raise."""
+    """One sentence on what `compute_delta(base, tuned)` makes; reads a few tensors. Raises what it would raise.
+
+    With `round_base` it says to what the base is rounded.
+    """
     first, names = named_weights(base)
     second, tuned_names = named_weights(tuned)
     _check_pair(first, names, second, tuned_names)
@@ -135,7 +138,7 @@ def check_delta(base: Any, tuned: Any, *, round_base: bool = False) -> str:
 
 
 def content_hash(source: Any) -> str:
-    """`sha256:...` over canonical names, dtypes, shapes and bytes: the same for the same weights in any file."""
+    """`sha256:...` over canonical names, dtypes, shapes and bytes: the same for the same weights in any `source`."""
     weights, names = named_weights(source)
     digest = hashlib.sha256()
     for name in sorted(names):

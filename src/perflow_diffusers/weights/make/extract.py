@@ -78,6 +78,8 @@ def extract_lora(
     - `residual` writes what no LoRA can carry (biases, norms) to `<name>.residual.safetensors` beside it, which
       `merge_delta` adds again and `load_lora_weights` ignores; otherwise it is dropped. The report says its share.
 
+    - `dtype` (float16, bfloat16 or float32) is what the factors are stored in.
+
     Layers whose difference is zero are left out. Memory: the LoRA and a few tensors of the delta. Everything is
     computed before anything is written. `progress(done, total)` is called after each tensor.
 
@@ -117,7 +119,10 @@ def extract_lora(
 def check_extract(
     delta: Any, *, rank: int | None = None, energy: float | None = None, alpha: float | None = None
 ) -> str:
-    """One sentence on what `extract_lora` would make of a delta; reads a few tensors. Raises what it can see."""
+    """One sentence on what `extract_lora` would make of a delta; reads a few tensors.
+
+    `rank`, `energy`, `alpha` as there. Raises what it can see.
+    """
     most, _ = _checked_rank(rank, energy)
     _check_alpha(alpha)
     weights = as_delta(open_weights(delta), with_text=True)

@@ -68,10 +68,10 @@ def merge_files(
 ) -> FileMergeReport:
     """Write base + scale * delta, each weight rounded once to the dtype that it has in `base`.
 
-    `base` is any complete UNet that `open_weights` takes, original-format files included; `delta` and `scale` are
-    what `merge_delta` takes. `out` is a `.safetensors` file, or a folder that `UNet2DConditionModel.from_pretrained`
-    loads (then `base` must have its UNet's config beside its weights). Memory: a few tensors. `dry_run` checks and
-    writes nothing.
+    `base` is any complete UNet that `open_weights` takes, original-format files included; `delta`, `scale` and
+    `conv_in` are what `merge_delta` takes. `out` is a `.safetensors` file, or a folder that
+    `UNet2DConditionModel.from_pretrained` loads (then `base` must have its UNet's config beside its weights). Memory:
+    a few tensors. `dry_run` checks and writes nothing; `progress(done, total)` is called after each tensor.
 
     Raises `MergeError`, `WeightSourceError` or `WeightWriteError` (all ValueErrors), before anything is written; also
     for a sum that overflows. Warns if the weights' dtype keeps less than half of the change.

@@ -81,11 +81,11 @@ class MergeHandle:
         return next((layer.strength.given for layer in layers if layer.number == self.number), default)
 
     def undo(self, *, force: bool = False) -> None:
-        """Take this merge out; the last one on the UNet must go first. Errors as in `unmerge_delta`."""
+        """Take this merge out; the last one on the UNet must go first. `force` and errors as in `unmerge_delta`."""
         undo_merge(self._live_unet(), self.number, self.plan.source.name, force=force)
 
     def set_scale(self, scale: Scale) -> None:
-        """Change the strength, computed from the base bits: no drift. Errors as in `set_delta_scale`."""
+        """Change the strength, computed from the base bits: no drift. `scale` and errors as in `set_delta_scale`."""
         rescale_merge(self._live_unet(), self.number, self.plan.source.name, scale)
 
     def _live_unet(self) -> torch.nn.Module:

@@ -104,7 +104,7 @@ def as_delta(
     on_base: bool = False,
     with_text: bool = False,
 ) -> WeightSource:
-    """A LoRA or an int8 delta as a lazy delta in fp32 under canonical names; a plain delta as it is.
+    """`source`, a LoRA or an int8 delta, as a lazy delta in fp32 under canonical names; a plain delta as it is.
 
     A LoRA (all layouts) becomes up @ down * alpha / rank for linear layers and convolutions, its kin (LoHa, LoKr,
     whole differences, biases) what `lora_kin` says; only the part for the UNet, with one warning if there are text

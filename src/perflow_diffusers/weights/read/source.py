@@ -89,7 +89,7 @@ class WeightSource(Mapping[str, torch.Tensor]):
         return sum(sizes)
 
     def extremes(self, name: str) -> tuple[float, float]:
-        """Smallest and largest number of a tensor, or bounds of them; NaN or Inf if any number is not finite."""
+        """Smallest and largest number of tensor `name`, or bounds of them; NaN or Inf if any number is not finite."""
         tensor = self[name].detach()
         if not tensor.numel():
             return 0.0, 0.0
@@ -97,7 +97,7 @@ class WeightSource(Mapping[str, torch.Tensor]):
         return low.item(), high.item()
 
     def near(self, name: str, device: torch.device, base: torch.Tensor | None = None) -> torch.Tensor:
-        """A tensor for use on `device`: already there if it must be computed, else wherever it is.
+        """Tensor `name` for use on `device`: already there if it must be computed, else wherever it is.
 
         `base` is the weight to which it will be added, for changes that depend on it.
         """
