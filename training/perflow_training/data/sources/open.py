@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from perflow_training.config.data import DataOptions
+from perflow_training.config.data import SOURCES, DataOptions
 from perflow_training.data.sources import tables
 from perflow_training.data.sources.captions import TextSource
 from perflow_training.data.sources.folder import FolderSource
@@ -40,6 +40,4 @@ def _open(options: DataOptions, with_images: bool) -> Source:
         return tables.named_dataset(options, with_images)
     if options.train_shards:
         return TarSource(options.train_shards, options.caption_column)
-    raise DataError(
-        "No source of examples is set. Give one of `train_data_dir`, `train_captions`, `dataset_name`, `train_shards`."
-    )
+    raise DataError(f"No source of examples is set. Give one of {', '.join(f'`{name}`' for name in SOURCES)}.")
