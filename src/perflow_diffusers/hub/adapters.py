@@ -18,7 +18,7 @@ from perflow_diffusers.hub.network import live_shapes
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.make.convert import convert_lora
 from perflow_diffusers.weights.read.live import find_unet
-from perflow_diffusers.weights.read.lora import RESIDUAL, as_delta
+from perflow_diffusers.weights.read.lora import RESIDUAL_KEY, as_delta
 from perflow_diffusers.weights.read.lora_layers import ADAPTER_METADATA, lora_layers
 from perflow_diffusers.weights.scales import Strength
 
@@ -89,7 +89,7 @@ def _state(pipe: Any, lora: WeightSource) -> tuple[Any, Any, Any]:
     if any(layer.prefix for layer in lora_layers(lora, shapes)):
         # Our own conversion from kohya's layout: it drops no layer, and keeps alphas and header apart.
         with tempfile.TemporaryDirectory() as scratch:
-            said = {key: value for key, value in lora.metadata.items() if key != RESIDUAL}  # that is merged apart
+            said = {key: value for key, value in lora.metadata.items() if key != RESIDUAL_KEY}  # that is merged apart
             path = convert_lora(
                 replace(lora, metadata=said), Path(scratch, "lora.safetensors"), "diffusers", unet=shapes
             )

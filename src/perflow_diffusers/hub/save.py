@@ -16,11 +16,11 @@ from perflow_diffusers.io.writer import write_safetensors
 from perflow_diffusers.weights import DeltaError, WeightSource, content_hash, open_weights
 from perflow_diffusers.weights.read.complete import check_difference
 from perflow_diffusers.weights.read.keys import is_original_format
-from perflow_diffusers.weights.read.lora import as_delta, open_residual
+from perflow_diffusers.weights.read.lora import RESIDUAL_KEY, as_delta, open_residual
 
 #: File names by form; the residual is what a LoRA cannot carry.
 NAMES = {**WEIGHTS, "kohya": "perflow_kohya.safetensors"}
-RESIDUAL = "pytorch_lora_weights.residual.safetensors"
+RESIDUAL_NAME = "pytorch_lora_weights.residual.safetensors"
 _PREDICTS = "base_prediction_type"
 
 
@@ -47,17 +47,17 @@ def save_artifact(
     pictures = [f"images/sample-{number}.png" for number in range(len(samples))]
     weights = {form: NAMES[form] for form in sources}
     if any(residuals.values()):
-        weights["residual"] = RESIDUAL
+        weights["residual"] = RESIDUAL_NAME
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*weights.values(), SETTINGS, SCHEDULER, CARD, *pictures):
         check_free(inside(folder, name), overwrite)
     for form, source in sources.items():
         header = {**source.metadata, **said.metadata}
         if residuals[form] is not None:
-            header["perflow_residual"] = RESIDUAL
+            header[RESIDUAL_KEY] = RESIDUAL_NAME
         _write(source, folder / NAMES[form], header, overwrite)
     for residual in [path for path in residuals.values() if path is not None][:1]:  # the same in every layout
-        copy_file(residual, folder, RESIDUAL, overwrite=overwrite)
+        copy_file(residual, folder, RESIDUAL_NAME, overwrite=overwrite)
     for (_, picture), name in zip(samples, pictures, strict=True):
         place(folder, name, overwrite, lambda path, picture=picture: picture.save(path, "PNG"))  # type: ignore[misc]
     write_text(folder, SCHEDULER, scheduler, overwrite=overwrite)

@@ -26,7 +26,7 @@ from perflow_diffusers.weights.make.lora_file import LORA_FORMAT, OWN_KEYS, RESI
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.complete import check_difference
 from perflow_diffusers.weights.read.header_facts import for_new_tensors
-from perflow_diffusers.weights.read.lora import RESIDUAL, as_delta, open_residual
+from perflow_diffusers.weights.read.lora import RESIDUAL_KEY, as_delta, open_residual
 from perflow_diffusers.weights.read.lora_layers import ADAPTER_METADATA, warn_of_bundled
 from perflow_diffusers.weights.read.named import canonical_names
 from perflow_diffusers.weights.read.source import WeightSource, open_weights
@@ -261,7 +261,7 @@ def _lora_files(
         dtypes = dtype_names(kind for _, kind in rest.specs.values())
         rest_header = {**header, "format": "pt", "perflow_format": RESIDUAL_FORMAT, "dtype": dtypes}
         files.append(File(rest_path, rest.specs, rest.stream(), rest_header))
-        own[RESIDUAL] = rest_path.name
+        own[RESIDUAL_KEY] = rest_path.name
     return [*files, File(path, joined.specs, _counted(joined.stream(), total, progress), {**header, **own})]
 
 

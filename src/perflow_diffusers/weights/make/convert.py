@@ -19,7 +19,7 @@ from perflow_diffusers.io.writer import File, Spec, check_file_name, check_targe
 from perflow_diffusers.weights.read import keys, lora_names
 from perflow_diffusers.weights.read.header_facts import KOHYA_CONFIG, KOHYA_SPELLING, network_facts, without_hashes
 from perflow_diffusers.weights.read.locate import RESIDUAL_SUFFIX
-from perflow_diffusers.weights.read.lora import RESIDUAL, open_residual
+from perflow_diffusers.weights.read.lora import RESIDUAL_KEY, open_residual
 from perflow_diffusers.weights.read.lora_layers import (
     ADAPTER_METADATA,
     LoraLayer,
@@ -69,7 +69,7 @@ def convert_lora(
             yield name, read()
 
     files = [*residual, File(target, specs, stream(), header)]
-    former = () if RESIDUAL in header else (target.with_suffix(RESIDUAL_SUFFIX),)
+    former = () if RESIDUAL_KEY in header else (target.with_suffix(RESIDUAL_SUFFIX),)
     write_together(files, overwrite=overwrite, former=former)
     return target
 
@@ -330,7 +330,7 @@ def _residual_file(source: WeightSource, target: Path, header: dict[str, str]) -
     if not residual:
         return []
     path = target.with_name(target.name.removesuffix(".safetensors") + RESIDUAL_SUFFIX)
-    header[RESIDUAL] = path.name
+    header[RESIDUAL_KEY] = path.name
     if residual.files == (path,):
         return []
     specs = {name: (shape, residual.dtypes[name]) for name, shape in residual.shapes.items()}

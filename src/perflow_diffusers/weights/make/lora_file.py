@@ -21,7 +21,7 @@ from perflow_diffusers.io.writer import (
     write_together,
 )
 from perflow_diffusers.weights.read.header_facts import KOHYA_CONFIG, KOHYA_SPELLING, for_new_tensors
-from perflow_diffusers.weights.read.lora import ADAPTER_METADATA, RESIDUAL, adapter_metadata
+from perflow_diffusers.weights.read.lora import ADAPTER_METADATA, RESIDUAL_KEY, adapter_metadata
 from perflow_diffusers.weights.read.lora_names import KOHYA_PREFIXES, spelled
 from perflow_diffusers.words.arguments import path_of
 from perflow_diffusers.words.shown import shown
@@ -39,7 +39,7 @@ OWN_KEYS = (
     "dtype",
     "identical",
     ADAPTER_METADATA,
-    RESIDUAL,
+    RESIDUAL_KEY,
     KOHYA_CONFIG,
     KOHYA_SPELLING,
 )
@@ -108,7 +108,7 @@ def write_lora(
         dtypes = dtype_names(dtype for _, dtype in rest.values())
         rest_header = {**taken, "format": "pt", "perflow_format": RESIDUAL_FORMAT, "dtype": dtypes}
         files.append(File(rest_path, rest, rest_tensors, rest_header))
-        header[RESIDUAL] = rest_path.name
+        header[RESIDUAL_KEY] = rest_path.name
     files.append(File(path, specs_of(tensors), tensors.items(), header))
     write_together(files, overwrite=overwrite, former=(rest_path,))
 

@@ -37,7 +37,7 @@ from perflow_diffusers.words.shown import shown
 
 __all__ = [
     "ADAPTER_METADATA",
-    "RESIDUAL",
+    "RESIDUAL_KEY",
     "LoraLayer",
     "Rebuilt",
     "adapter_metadata",
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 #: Header key of a LoRA that names the file beside it with what a LoRA cannot carry.
-RESIDUAL = "perflow_residual"
+RESIDUAL_KEY = "perflow_residual"
 
 _CPU = torch.device("cpu")
 _SAFE = 100.0  # bounds below this need no exact look: sums overflow fp16 only at scales of hundreds
@@ -139,7 +139,7 @@ def open_residual(source: WeightSource) -> WeightSource:
 
     Raises `WeightSourceError` if the file is missing or the name leads elsewhere.
     """
-    name = source.metadata.get(RESIDUAL)
+    name = source.metadata.get(RESIDUAL_KEY)
     if not name:
         return open_weights({})
     if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
