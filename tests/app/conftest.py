@@ -17,7 +17,7 @@ ARGUMENTS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server():
     pytest.importorskip("gradio", reason='the page needs Gradio: pip install -e ".[app]"')
     running = Server()
@@ -25,7 +25,7 @@ def server():
     running.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
     path = os.environ.get("PERFLOW_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     sync_api = pytest.importorskip("playwright.sync_api", reason='the page is tested with Playwright: ".[dev]"')
