@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from contextlib import contextmanager
 
 import torch
 
@@ -13,6 +14,17 @@ def live_bytes() -> int:
         warnings.simplefilter("ignore")  # looking at every object wakes the deprecated ones
         tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
     return storage_bytes(tensors)
+
+
+@contextmanager
+def only_new():
+    """`live_bytes` sees what is made from here on alone, and is fast: the rest of the process is set aside."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def storage_bytes(tensors) -> int:
