@@ -81,7 +81,7 @@ class EncodingLoader:
         names = tuple(f"{shorten(e.caption, CAPTION, placeholder=' ...')!r} ({e.name})" for e in examples)
         if not with_latents:
             return Material(cond, shape, None, names)
-        images = torch.stack([example.image for example in examples if example.image is not None])
+        images = torch.stack([example.pixels for example in examples])
         noise = self.draws.normal("posterior", number, (count, *shape))
         return Material(cond, shape, encode_images(self.pipe, images, noise), names)
 

@@ -221,8 +221,7 @@ class _Writer:
     def _rows(self, examples: list[Example]) -> dict[str, Tensor]:
         rows = self.encoders.encode_prompts([example.caption for example in examples])
         if self.with_images:
-            pictures = [example.image for example in examples if example.image is not None]
-            rows = {**rows, **self.encoders.encode_images(torch.stack(pictures))}
+            rows = {**rows, **self.encoders.encode_images(torch.stack([example.pixels for example in examples]))}
         rows = {name: _stored(tensor, self.dtype) for name, tensor in rows.items()}
         if "pooled" in rows and examples[0].target_size != (0, 0):  # prompts alone: an uncropped picture's, if known
             rows["add_time_ids"] = time_ids([example.sizes for example in examples])

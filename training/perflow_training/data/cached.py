@@ -147,8 +147,8 @@ class CachedStream:
     def _work(self, items: Sequence[Sample], place: int) -> tuple[str, dict[str, Tensor]]:
         drawn = items[place].drawn
         row = {name: tensor.float() for name, tensor in self._rows.load(drawn.record, self._columns).items()}
-        mean, std = row.pop("latents_mean", None), row.pop("latents_std", None)
-        if mean is not None and std is not None:
+        if "latents_mean" in row:
+            mean, std = row.pop("latents_mean"), row.pop("latents_std")
             entropy = np.random.SeedSequence(generator_seed(self._seed, 3, drawn.ref)).generate_state(1, np.uint64)
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(entropy[0]) >> 1))
             row["latents"] = to_latents((mean + std * noise)[None], self.manifest["scaling"])[0]

@@ -25,6 +25,15 @@ class Example:
     name: str = ""  # of the record, for people
 
     @property
+    def pixels(self) -> torch.Tensor:
+        """The picture, where there must be one. Raises ValueError for captions alone."""
+        if self.image is None:
+            raise ValueError(
+                f"The record {self.name or self.caption!r} has a caption but no picture, which is needed."
+            )
+        return self.image
+
+    @property
     def sizes(self) -> Sizes:
         """What SDXL is told of the picture."""
         return self.original_size, self.crop_top_left, self.target_size

@@ -47,10 +47,10 @@ class Conditions:
 
     def drop(self, dropped: Tensor, uncond: Conditions) -> Conditions:
         """Rows where `dropped` (B,) bool holds lose their prompt."""
-        empty, mask = self.without_prompt(uncond), dropped.to(self.embeds.device)[:, None]
-        both = empty.pooled, self.pooled
-        pooled = None if both[0] is None or both[1] is None else torch.where(mask, both[0], both[1])
-        return Conditions(torch.where(mask[..., None], empty.embeds, self.embeds), pooled, self.time_ids)
+        empty, kept = self.without_prompt(uncond).tensors(), self.tensors()
+        mask = dropped.to(self.embeds.device)
+        of_each = {name: mask.reshape(-1, *[1] * (value.ndim - 1)) for name, value in kept.items()}
+        return Conditions(**{name: torch.where(of_each[name], empty[name], kept[name]) for name in kept})
 
     def kwargs(self) -> dict:
         """Keyword arguments of a diffusers UNet."""
