@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: a tiny but real diffusers pipeline with random weights, and its text embeddings."""
 
 import os
+import signal
 
 # Here and in every process that a test starts: sums depend on the number of threads in their last bits, and networks
 # as small as these are faster with one.
@@ -9,6 +10,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+# A shell that starts a job in the background has it ignore SIGINT, and all that it starts; tests send it to both.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EMBEDDING = 16
 torch.set_num_threads(1)
