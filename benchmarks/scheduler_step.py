@@ -1,4 +1,4 @@
-"""How long one call of `step` takes: PeRFlowScheduler beside diffusers' few-step schedulers and the bare arithmetic.
+"""How long a call of `step` takes: PeRFlow's schedulers beside diffusers' few-step ones and the bare arithmetic.
 
 Usage: python benchmarks/scheduler_step.py [--device cpu] [--dtype float32] [--rounds 200] [--steps 8]
 
@@ -22,7 +22,7 @@ from diffusers import (
     TCDScheduler,
 )
 
-from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
+from perflow_diffusers import FlowMatchPeRFlowScheduler, PeRFlowScheduler
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -31,6 +31,7 @@ def build_schedulers():
     """Name -> scheduler, in the order of the table."""
     return {
         "PeRFlow": PeRFlowScheduler(**SCHEDULE, prediction_type="ddim_eps"),
+        "PeRFlow, flow matching": FlowMatchPeRFlowScheduler(),
         "FlowMatchEuler": FlowMatchEulerDiscreteScheduler(),
         "DDIM": DDIMScheduler(**SCHEDULE, clip_sample=False),
         "Euler": EulerDiscreteScheduler(**SCHEDULE),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         unload_perflow,
     )
     from perflow_diffusers.miniature import MINIATURE_GUIDANCE, load_miniature, miniature_prompts
+    from perflow_diffusers.schedulers.scheduling_flow_match_perflow import FlowMatchPeRFlowScheduler
     from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
     from perflow_diffusers.weights import (
         combine,
@@ -35,6 +36,7 @@ make_findable()  # by diffusers, which loads saved pipelines
 
 __all__ = [
     "MINIATURE_GUIDANCE",
+    "FlowMatchPeRFlowScheduler",
     "PeRFlowArtifact",
     "PeRFlowScheduler",
     "__version__",
@@ -70,6 +72,7 @@ _ROOMS = {
         "unload_perflow",
     ),
     "miniature": ("MINIATURE_GUIDANCE", "load_miniature", "miniature_prompts"),
+    "schedulers.scheduling_flow_match_perflow": ("FlowMatchPeRFlowScheduler",),
     "schedulers.scheduling_perflow": ("PeRFlowScheduler",),
     "weights": (
         "combine",

@@ -11,7 +11,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_SCHEDULER = "perflow_diffusers.schedulers.scheduling_perflow"
+_SCHEDULERS = {
+    "PeRFlowScheduler": "perflow_diffusers.schedulers.scheduling_perflow",
+    "FlowMatchPeRFlowScheduler": "perflow_diffusers.schedulers.scheduling_flow_match_perflow",
+}
 _WONDER3D = "perflow_diffusers.pipelines.wonder3d"
 
 
@@ -24,8 +27,8 @@ def make_findable() -> None:
     that one's class is such an attribute; otherwise it logs "config attributes ... will be ignored". So these are
     added, no function is changed, and a name that is there already is left alone:
 
-    - `diffusers.pipelines`: this package's scheduler module and Wonder3D's network, under their full names;
-    - `diffusers.Wonder3DPipeline` and `diffusers.PeRFlowScheduler`.
+    - `diffusers.pipelines`: this package's scheduler modules and Wonder3D's network, under their full names;
+    - `diffusers.Wonder3DPipeline` and the two schedulers.
 
     Each is imported when it is asked for. Where diffusers is not imported yet, this is done as soon as it is.
     """
@@ -37,9 +40,10 @@ def make_findable() -> None:
 
 def _add() -> None:
     diffusers, pipelines = importlib.import_module("diffusers"), importlib.import_module("diffusers.pipelines")
-    for module in (_SCHEDULER, f"{_WONDER3D}.unet"):
+    for module in (*_SCHEDULERS.values(), f"{_WONDER3D}.unet"):
         _offer(pipelines, module, module)
-    _offer(diffusers, "PeRFlowScheduler", _SCHEDULER, "PeRFlowScheduler")
+    for name, module in _SCHEDULERS.items():
+        _offer(diffusers, name, module, name)
     _offer(diffusers, "Wonder3DPipeline", _WONDER3D, "Wonder3DPipeline")
 
 

@@ -3,6 +3,7 @@
 from .base import BASE_TYPES, NOISE_FACTS, Base, base_of, noise_facts
 from .chord import PREDICTION_TYPES, PredictionType, clean_estimate, coefficients, euler, interpolate, marginal, target
 from .path import BASE_PREDICTIONS, NoisePath
+from .sigma_windows import SigmaWindows
 from .solver import METHODS, solve
 from .windows import Windows
 
@@ -15,6 +16,7 @@ __all__ = [
     "Base",
     "NoisePath",
     "PredictionType",
+    "SigmaWindows",
     "Windows",
     "base_of",
     "clean_estimate",

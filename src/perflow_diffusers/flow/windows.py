@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import overload
 
 import torch
@@ -72,15 +72,9 @@ class Windows:
         cleanest ones (`join`: "noisy" or "clean"), one each, so that every step still crosses whole windows.
         Raises ValueError for n < 1 and where a window has fewer timesteps than steps.
         """
-        if n < 1:
-            raise ValueError(f"{n} sampling steps; expected at least 1.")
-        if join not in ("noisy", "clean"):
-            raise ValueError(f"`join={join!r}`; expected 'noisy' or 'clean'.")
-        if n < self.num_windows:
-            return self._joined(n, join)
         points: list[int] = []
-        for i, (start, end) in enumerate(pairwise(self.boundaries)):
-            steps = n // self.num_windows + (i < n % self.num_windows)
+        for first, last, steps in shares(n, self.num_windows, join):
+            start, end = self.boundaries[first], self.boundaries[last]
             if steps > start - end:
                 raise ValueError(
                     f"{n} sampling steps put {steps} into the window from {start} to {end}, which has only "
@@ -88,14 +82,6 @@ class Windows:
                 )
             points += _even(start, end, steps)[:-1]
         return [*points, self.boundaries[-1]]
-
-    def _joined(self, n: int, join: str) -> list[int]:
-        size, rest = divmod(self.num_windows, n)
-        sizes = [size + 1] * rest + [size] * (n - rest)
-        points = [0]
-        for width in sizes if join == "noisy" else reversed(sizes):
-            points.append(points[-1] + width)
-        return [self.boundaries[i] for i in points]
 
     def span(self, timestep: int, timestep_next: int) -> tuple[int, int]:
         """(start, end) of the window that a step from `timestep` down to `timestep_next` follows.
@@ -133,6 +119,25 @@ class Windows:
             )
         place = torch.searchsorted(rising, timestep.contiguous().to(torch.int64))
         return (self.num_windows - place).clamp(max=self.num_windows - 1)
+
+
+def shares(n: int, num_windows: int, join: str = JOIN) -> list[tuple[int, int, int]]:
+    """How n steps are shared out over K windows: (first boundary, last boundary, steps between them), noisy to clean.
+
+    n >= K: one entry a window, with n // K steps and one more in the first n % K. n < K: one entry a step, each over
+    K // n windows; `join` ("noisy" or "clean") says at which end one more goes to each of K % n. Raises ValueError for
+    n < 1 and another `join`.
+    """
+    if n < 1:
+        raise ValueError(f"{n} sampling steps; expected at least 1.")
+    if join not in ("noisy", "clean"):
+        raise ValueError(f"`join={join!r}`; expected 'noisy' or 'clean'.")
+    size, rest = divmod(max(n, num_windows), min(n, num_windows))
+    if n >= num_windows:
+        return [(i, i + 1, size + (i < rest)) for i in range(num_windows)]
+    sizes = [size + 1] * rest + [size] * (n - rest)
+    ends = [0, *accumulate(sizes if join == "noisy" else reversed(sizes))]
+    return [(first, last, 1) for first, last in pairwise(ends)]
 
 
 def _even(start: int, end: int, steps: int) -> Sequence[int]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from perflow_diffusers._version import __version__
 from perflow_diffusers.flow import base, chord, path, windows
-from perflow_diffusers.schedulers import arguments, base_config, combine, run, scheduling_perflow
+from perflow_diffusers.schedulers import arguments, base_config, combine, run, scheduling_perflow, stepping
 
 #: In the order in which they build on each other.
-MODULES = (path, windows, chord, base, base_config, combine, arguments, run, scheduling_perflow)
+MODULES = (path, windows, chord, base, base_config, combine, arguments, run, stepping, scheduling_perflow)
 
 #: The file's name in a repository, without its ending.
 MODULE = "perflow_scheduler"

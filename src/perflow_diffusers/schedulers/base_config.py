@@ -16,6 +16,8 @@ from ..flow import NOISE_FACTS
 # Zero terminal SNR is not among them: not every class can have it, and all that can leave it out by default.
 NETWORK_FACTS = (*(fact for fact in NOISE_FACTS if fact != "rescale_betas_zero_snr"), "prediction_type")
 
+FLOW_MATCHING = "flow matching"
+
 #: Keys that no scheduler of discrete betas has, and what has them; the first one found names the process.
 FOREIGN_KEYS = {
     "shift": "flow matching",
@@ -44,6 +46,14 @@ def refusal(config: Mapping[str, Any], given: Collection[str] = ()) -> str | Non
     give wrong pictures without a word.
     """
     process = _other_process(config)
+    if process is not None and process.startswith(FLOW_MATCHING):
+        return (
+            f"This scheduler config belongs to {process}. PeRFlow's scheduler is for a diffusion with discrete betas, "
+            "as Stable Diffusion 1, 2 and XL have it, and would draw wrong pictures here. For accelerators of a "
+            "flow-matching base there is `FlowMatchPeRFlowScheduler.from_config(...)`. If the base is a diffusion and "
+            "only its scheduler was changed, take the config that it came with: "
+            '`DDIMScheduler.load_config(base, subfolder="scheduler")`.'
+        )
     if process is not None:
         return (
             f"This scheduler config belongs to {process}. PeRFlow's scheduler is for a diffusion with discrete betas, "
@@ -61,6 +71,19 @@ def refusal(config: Mapping[str, Any], given: Collection[str] = ()) -> str | Non
         f"The config of {name} does not say the whole noise schedule, and its class is none of diffusers' that can be "
         "imported here, so that what it takes by default is not known. Pass `beta_start`, `beta_end` and "
         "`beta_schedule` (or `trained_betas`), as the base was trained with."
+    )
+
+
+def flow_refusal(config: Mapping[str, Any]) -> str | None:
+    """Why a scheduler's config is not one of flow matching, in words; None where it is."""
+    process = _other_process(config)
+    if process is not None and process.startswith(FLOW_MATCHING):
+        return None
+    given = process or "a diffusion with discrete betas, or to no scheduler at all"
+    return (
+        f"This scheduler config belongs to {given}. FlowMatchPeRFlowScheduler is for flow-matching bases, whose "
+        "scheduler is a FlowMatchEulerDiscreteScheduler or has `use_flow_sigmas`. For Stable Diffusion 1, 2 and XL "
+        "there is `PeRFlowScheduler.from_config(...)`."
     )
 
 

@@ -19,6 +19,13 @@ def combine(z: Tensor, out: Tensor, a: float, b: float) -> Tensor:
     return z.float().mul_(a).add_(out, alpha=b).to(z.dtype)
 
 
+def euler_step(z: Tensor, out: Tensor, b: float) -> Tensor:
+    """z + b * out, the product rounded by itself as in diffusers' Euler step, in at least float32; out's dtype."""
+    if out.dtype in (torch.float32, torch.float64):
+        return torch.mul(out, b).add_(z)
+    return out.float().mul_(b).add_(z).to(out.dtype)
+
+
 def combine_rows(z: Tensor, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The same with one number per sample."""
     return (z.to(a.dtype) * a + out.to(a.dtype) * b).to(z.dtype)

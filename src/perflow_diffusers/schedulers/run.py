@@ -27,33 +27,31 @@ _ANOTHER = (
 class Run:
     """What `set_timesteps` chose: one value, which changes as a whole whichever thread looks.
 
-    Fields: `points`, the timesteps and where the last step ends. `timesteps`, (n,) int64, what the network is to see;
-    kept even if someone assigns others: its address must stay taken. `spans`, by timestep: the window that its step
-    follows. `exact`, (N + 1, 4) float64 by timestep: (a, b) of the step, (p, q) of the x0 estimate; NaN off the run.
-    Of these numbers, `steps` are the rows as Python floats, `table` the whole in float32 beside the timesteps.
+    Fields: `points`, the timesteps and where the last step ends. `timesteps`, (n,) int64 or float32, what the network
+    is to see; kept even if someone assigns others: its address must stay taken. `steps`, one row of numbers a step:
+    (a, b) of the step, (p, q) of the x0 estimate. `exact`, the same in float64 in the form in which the scheduler
+    looks rows up by timestep, NaN where no step is; `table` is it in float32, beside the timesteps. `spans`, by
+    integer timestep: the window that its step follows.
     """
 
-    points: tuple[int, ...]
+    points: tuple[float, ...]
     timesteps: Tensor
-    spans: Spans
-    exact: Tensor | None
-    steps: tuple[Numbers, ...] = field(init=False)
+    steps: tuple[Numbers, ...] = ()
+    exact: Tensor | None = None
+    spans: Spans = field(default_factory=dict)
     table: Tensor | None = field(init=False)
-    positions: dict[int, int] = field(init=False)
+    positions: dict[float, int] = field(init=False)
     unversioned: bool = field(init=False)
+    item_size: int = field(init=False)
 
     def __post_init__(self) -> None:
-        steps: tuple[Numbers, ...] = ()
-        table = None
-        if self.exact is not None:
-            steps = tuple((a, b, p, q) for a, b, p, q in self.exact[list(self.points[:-1])].tolist())
-            # A device need not have float64, unless it holds a sample in it.
-            table = self.exact.to(torch.float32).to(self.timesteps.device)
+        # A device need not have float64, unless it holds a sample in it.
+        table = None if self.exact is None else self.exact.to(torch.float32).to(self.timesteps.device)
         derived = {
-            "steps": steps,
             "table": table,
             "positions": {t: i for i, t in enumerate(self.points[:-1])},
             "unversioned": self.timesteps.is_inference(),
+            "item_size": self.timesteps.element_size(),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -64,18 +62,18 @@ class Run:
     def place(self, timestep: Tensor) -> int | None:
         """Where a tensor is among the run's unchanged timesteps, by its address alone; None if it is not."""
         own = self.timesteps
-        if timestep.dtype is not torch.int64 or not (self.unversioned or own._version == 0):
+        if timestep.dtype is not own.dtype or not (self.unversioned or own._version == 0):
             return None
         first = own.data_ptr()
         if not first:  # nothing has an address on the device "meta"
             return int(timestep.storage_offset()) if timestep.device == own.device else None
         offset = timestep.data_ptr() - first
-        return offset >> 3 if 0 <= offset < 8 * len(self.steps) else None
+        return offset // self.item_size if 0 <= offset < self.item_size * len(self.steps) else None
 
 
 def no_run(timesteps: Tensor) -> Run:
     """The run of a scheduler before `set_timesteps`: no step at all."""
-    return Run((), timesteps, {}, None)
+    return Run((), timesteps)
 
 
 def run_over(points: Sequence[int], timesteps: Tensor, windows: Windows, path: NoisePath, prediction_type: str) -> Run:
@@ -88,8 +86,30 @@ def run_over(points: Sequence[int], timesteps: Tensor, windows: Windows, path: N
     estimate = clean_estimate(path, prediction_type, start, end, t)
     # Rows off the grid stay NaN: inside a compiled graph nothing can raise, and NaN is seen.
     exact = torch.full((len(path.alpha), 4), torch.nan, dtype=torch.float64, device=home)
-    exact[t] = torch.stack([*step, *estimate], dim=1)
-    return Run(tuple(points), timesteps, spans, exact)
+    rows = torch.stack([*step, *estimate], dim=1)
+    exact[t] = rows
+    return Run(tuple(points), timesteps, _as_numbers(rows), exact, spans)
+
+
+def straight_run(sigmas: Sequence[float], timesteps: Tensor, noisy_at_one: bool = True) -> Run:
+    """The run of a flow-matching base over n + 1 falling noise levels; the network sees `timesteps`, (n,) float32.
+
+    A step is Euler's, `z + (sigma' - sigma) out`, and the clean sample `z - sigma out`, where `out` is noise minus
+    data and sigmas are rounded to float32, as `FlowMatchEulerDiscreteScheduler` has them. `noisy_at_one=False`: the
+    network is told 1 - sigma and gives data minus noise.
+    """
+    levels = torch.tensor(sigmas, dtype=torch.float32, device="cpu")
+    sign = 1.0 if noisy_at_one else -1.0
+    told = levels if noisy_at_one else 1.0 - levels
+    one = torch.ones_like(levels[1:])
+    rows = torch.stack([one, told.diff(), one, -sign * levels[:-1]], dim=1).double()
+    seen = timesteps.to("cpu", torch.float64)
+    exact = torch.cat([torch.cat([seen[:, None], rows], dim=1), torch.full((1, 5), torch.nan, dtype=torch.float64)])
+    return Run((*seen.tolist(), float(told[-1])), timesteps, _as_numbers(rows), exact)
+
+
+def _as_numbers(rows: Tensor) -> tuple[Numbers, ...]:
+    return tuple((a, b, p, q) for a, b, p, q in rows.tolist())
 
 
 @dataclass
@@ -129,7 +149,8 @@ class Course:
                 if index is not None:
                     raise ValueError(_ANOTHER.format("This timestep is from before the last `set_timesteps`"))
             first = self.index is None and self.begin is None
-            if not first and (timestep.device.type != "cpu" or timestep.is_floating_point()):
+            strange = timestep.is_floating_point() != self.run.timesteps.is_floating_point()
+            if not first and (timestep.device.type != "cpu" or strange):
                 return cast(int, self.begin if self.index is None else self.index)
             timestep = timestep.item()
         if timestep not in self.run.positions:
@@ -137,4 +158,4 @@ class Course:
                 f"Expected one of {list(self.run.positions)}" if self.run.positions else "Call `set_timesteps` first"
             )
             raise ValueError(f"`timestep={timestep}` is not a step of this run. {todo}.")
-        return self.run.positions[int(timestep)]
+        return self.run.positions[timestep]

@@ -6,11 +6,8 @@ Symbols: `N` training timesteps, `K` windows, `n` sampling steps; a step is `z' 
 from __future__ import annotations
 
 import json
-import operator
 import os
-import threading
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,10 +23,8 @@ from ..flow.chord import check_prediction_type
 from .arguments import explicit_points, split_types, windows_of
 from .base_config import NETWORK_FACTS, refusal, with_defaults
 from .combine import beside, combine, combine_rows
-from .run import Course, Numbers, no_run, run_over
-
-# Two threads' `set_timesteps` do not mix.
-_ONE_AT_A_TIME = threading.Lock()
+from .run import run_over
+from .stepping import Stepping
 
 
 @dataclass
@@ -45,7 +40,7 @@ class PeRFlowSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor | None = None
 
 
-class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class PeRFlowScheduler(Stepping, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Sampler for PeRFlow weights (arXiv 2405.07510): the flow is a straight line inside each of K time windows.
 
     `PeRFlowScheduler.from_config(pipe.scheduler.config, prediction_type="ddim_eps")` is all that a pipeline needs.
@@ -76,8 +71,6 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
     order = 1
-    # Called at the start of every run, by those who look after the weights that it is for.
-    _before_run: Callable[[], None] | None = None
 
     @register_to_config
     def __init__(
@@ -119,11 +112,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         device = self.timesteps.device  # the default one, as in diffusers' schedulers
         self.alphas_cumprod = (self.path.alpha[1:] ** 2).float().to(device)
         self.final_alpha_cumprod = (self.path.alpha[0] ** 2).float().to(device)
-        self.init_noise_sigma = 1.0
-        self.num_inference_steps: int | None = None
-        self._course = Course(no_run(self.timesteps))
-        self._table: Tensor | None = None  # of the run, once more: a compiled step looks for nothing else
-        self._warned = False
+        self._no_run()
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -170,32 +159,6 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """N, the number of training timesteps."""
         return self.path.num_train_timesteps
 
-    @property
-    def step_index(self) -> int | None:
-        """How many of `timesteps` are done; None before the first step. Not counted inside a compiled step."""
-        return self._course.index
-
-    @property
-    def begin_index(self) -> int | None:
-        """The place in `timesteps` of the first step of a run that starts in the middle; None until it is set."""
-        return self._course.begin
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at `timesteps[begin_index]`; pipelines call it for image to image.
-
-        Raises ValueError for a place that leaves no step: an image-to-image call with strength * steps < 1, or a
-        refiner's with a `denoising_start` that no timestep lies below.
-        """
-        course, n = self._course.own(), len(self.timesteps)
-        if not 0 <= begin_index < n:
-            raise ValueError(
-                f"`begin_index={begin_index}` leaves no step to take; expected 0 to {n - 1} with {n} steps. In image "
-                "to image this means strength * num_inference_steps < 1: raise one of them. For a refiner it means "
-                f"that no timestep of {self.timesteps.tolist()} lies below the cut: lower `denoising_start`, and the "
-                "base's `denoising_end` with it, or use more steps."
-            )
-        course.begin = begin_index
-
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -213,36 +176,13 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(
                 f"`num_inference_steps={num_inference_steps}` and `timesteps={timesteps}`; pass exactly one of them."
             )
-        if self._before_run is not None:
-            self._before_run()
-        points = self._grid(num_inference_steps) if timesteps is None else explicit_points(self.windows, timesteps)
+        if timesteps is None:
+            points = self.windows.grid(self._steps_of(num_inference_steps, self.windows.num_windows))
+        else:
+            points = explicit_points(self.windows, timesteps)
         given = torch.tensor(points[:-1], dtype=torch.int64, device=device)
         run = run_over(points, given, self.windows, self.path, self._type)
-        with _ONE_AT_A_TIME:
-            self.num_inference_steps, self.timesteps = len(points) - 1, given
-            self._course, self._table = self._course.next(run), run.table
-
-    def _grid(self, n: Any) -> list[int]:
-        try:
-            if isinstance(n, bool):
-                raise TypeError
-            n = operator.index(n)
-        except TypeError:
-            raise ValueError(f"`num_inference_steps={n!r}`; expected an integer >= 1, without quotes.") from None
-        if n < 1:
-            raise ValueError(f"`num_inference_steps={n}`; expected an integer >= 1.")
-        if n < self.windows.num_windows and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{n} steps for weights with {self.windows.num_windows} time windows: windows are merged, and quality "
-                f"is lower than with {self.windows.num_windows} steps or more.",
-                stacklevel=3,
-            )
-        return self.windows.grid(n)
-
-    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """The sample itself, whatever the `timestep`: PeRFlow's network takes the state as it is."""
-        return sample
+        self._begin(run)
 
     def step(
         self,
@@ -272,36 +212,11 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             x0 = combine(sample, model_output, p, q) if return_dict else None
         return PeRFlowSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample,)
 
-    def _count(self, timestep: int | float | Tensor) -> Numbers:
-        """The numbers of this step, found by address or value, or by counting where these are not to be had."""
-        course = self._course.own()
-        run = course.run
-        index = run.place(timestep) if timestep.__class__ is Tensor else None
-        if index is None:
-            index = course.position(timestep)
-        if index >= len(run.steps) or (course.index == len(run.steps) and isinstance(timestep, Tensor)):
-            raise ValueError(f"All {len(run.steps)} steps are done. Call `set_timesteps` before the next run.")
-        course.index = index + 1
-        return run.steps[index]
-
-    def _look_up(self, timestep: int | float | Tensor, sample: Tensor) -> list[Tensor]:
-        """The numbers of this step by timestep, each a tensor () or (B, 1, ...) beside the sample."""
-        table = self._table if torch.compiler.is_compiling() else self._course.own().run.table
-        if table is None:
-            raise ValueError("`step` was called before `set_timesteps`. Call `set_timesteps` first.")
-        if sample.dtype == torch.float64:
-            table = cast(Tensor, self._course.run.exact).to(sample.device)
-        # One-dimensional even for a single timestep: torch.compile takes a 0-d index for a constant.
-        given = (timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep, device="cpu")).reshape(-1)
+    def _rows(self, table: Tensor, given: Tensor) -> Tensor:
         index = given.to(torch.int64)
         # Row 0 is no step's: what is no integer from 1 to N ends there, neither rounded nor counted from the end.
         index = torch.where((index == given) & (index > 0) & (index < len(table)), index, 0)
-        rows = table[index.to(table.device)]
-        if not torch.compiler.is_compiling() and bool(rows.isnan().any()):
-            raise ValueError(
-                f"`timestep={given.tolist()}`; expected steps of this run, {list(self._course.run.points[:-1])}."
-            )
-        return [beside(c, sample) for c in rows.unbind(-1)]
+        return table[index.to(table.device)]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
         """Clean samples as PeRFlow states at `timesteps`: the point of the window's chord, `flow.marginal`.
