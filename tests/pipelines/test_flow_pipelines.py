@@ -1,0 +1,87 @@
+"""Flow-matching pipelines of diffusers, called: the network sees the windows' grid, the steps are diffusers' own."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from flow_builders import FLOW
+from test_pipeline_table import rows
+
+from perflow_diffusers import FlowMatchPeRFlowScheduler
+
+DYNAMIC = (
+    "flux-text-to-image",
+    "flux-img2img",
+    "qwen-image",
+    "ltx-text-to-video",
+)  # their bases shift time with the resolution
+STEPS = 6
+
+
+class OnGrid(FlowMatchEulerDiscreteScheduler):
+    """diffusers' own Euler, told its levels beforehand whatever a pipeline passes."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        super().set_timesteps(sigmas=self.levels, device=device)
+
+
+def base_config(name):
+    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=name in DYNAMIC).config
+
+
+def scheduler_for(name):
+    shift = {"window_shift": 3.0} if name in DYNAMIC else {}
+    return FlowMatchPeRFlowScheduler.from_config(base_config(name), num_time_windows=4, **shift)
+
+
+def levels(steps):
+    scheduler = FlowMatchPeRFlowScheduler(shift=3.0)
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas
+
+
+def call(built, **more):
+    """The pictures or latents of a call, and the times that the network was told."""
+    told = []
+
+    def note(_, args, kwargs):
+        time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        told.append(float(time.reshape(-1)[0]))
+
+    hook = built.pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    options = {"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(3), **more}
+    arguments = {**built.arguments, **options}
+    arguments["output_type"] = arguments.get("output_type", "pt")
+    with torch.no_grad():
+        result = built.pipe(**arguments, return_dict=False)[0]
+    hook.remove()
+    return result, told[:: built.calls_a_step]
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_the_network_sees_the_windows_and_the_picture_is_diffusers_own(name):
+    built = FLOW[name](scheduler_for(name))
+    result, told = call(built)
+    grid = levels(STEPS)
+    skipped = int(STEPS - built.arguments.get("strength", 1.0) * STEPS)  # as diffusers counts them
+    assert told == pytest.approx(built.told(grid[:-1]).tolist()[skipped:], rel=1e-6, abs=1e-6)
+
+    stock = OnGrid(shift=1.0)
+    stock.levels = grid[:-1].tolist()
+    built.pipe.scheduler = stock
+    wanted, _ = call(built)
+    assert torch.isfinite(result).all() and torch.equal(result, wanted)
+
+
+@pytest.mark.parametrize("name", ["sd3-text-to-image", "flux-text-to-image", "qwen-image", "z-image", "sana"])
+def test_sigmas_of_one_s_own_are_taken_where_the_pipeline_takes_them(name):
+    chosen = [1.0, 0.8, 0.3]
+    built = FLOW[name](scheduler_for(name))
+    _, told = call(built, sigmas=chosen, num_inference_steps=3)
+    shifted = torch.tensor([3 * u / (1 + 2 * u) for u in chosen])
+    assert told == pytest.approx(built.told(shifted).tolist(), rel=1e-6, abs=1e-6)
+
+
+def test_every_pipeline_is_a_row_of_the_docs_and_every_row_a_pipeline():
+    table = rows("Flow-matching pipelines that were called")
+    built = {name: type(build(scheduler_for(name)).pipe).__name__ for name, build in FLOW.items()}
+    assert [row[:2] for row in table] == [[f"`{name}`", f"`{kind}`"] for name, kind in built.items()]
