@@ -51,7 +51,7 @@ TAKERS = {  # every function whose first argument is a pipeline
         (StableDiffusionPipeline, ("The class StableDiffusionPipeline", "StableDiffusionPipeline.from_pretrained")),
         (UNet2DConditionModel, ("The class UNet2DConditionModel", "from_pretrained")),
         (pf.load_miniature, ("the function load_miniature",)),
-        (SimpleNamespace(transformer=torch.nn.Linear(2, 2)), ("it has a `transformer`", "SDXL")),
+        (SimpleNamespace(prior=torch.nn.Linear(2, 2)), ("it has a `prior`", "SDXL")),
         (SimpleNamespace(unet=None, scheduler=None), ("its `unet` is None", "Pass a UNet")),
     ],
     ids=lambda value: "" if isinstance(value, tuple) else str(getattr(value, "__name__", value))[:20],

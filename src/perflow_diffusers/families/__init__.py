@@ -7,6 +7,7 @@ from perflow_diffusers.families.family import Family, Network, is_wider
 from perflow_diffusers.families.stable_diffusion import REFINER, SD1, SD2, SDXL, T5
 
 __all__ = [
+    "ANY_COMPONENTS",
     "COMPONENTS",
     "FAMILIES",
     "FIRST_LAYERS",
@@ -18,6 +19,7 @@ __all__ = [
     "family_of",
     "is_wider",
     "network_in",
+    "networks_in",
 ]
 
 #: All that are known; accelerators are published for the first three.
@@ -26,6 +28,8 @@ FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL, REFINER, T5)
 NETWORKS: tuple[Network, ...] = tuple(dict.fromkeys(family.network for family in FAMILIES))
 #: What pipelines call these networks, and the folders that their weights are in.
 COMPONENTS: tuple[str, ...] = tuple(network.component for network in NETWORKS)
+#: And those of networks of any family: their weights are merged and compared by names and shapes alone.
+ANY_COMPONENTS: tuple[str, ...] = (*COMPONENTS, "transformer", "transformer_2")
 
 #: Their weights of the first layer, which have more inputs in inpainting and other models of a family.
 FIRST_LAYERS = frozenset(network.first_layer for network in NETWORKS)
@@ -36,6 +40,18 @@ TEXT_LAYERS = tuple(network.text_layer for network in NETWORKS)
 def network_in(pipe: Any) -> Any:
     """The network that a pipeline denoises with, whatever it is called; None for what has none of `NETWORKS`."""
     return next((part for name in COMPONENTS if (part := getattr(pipe, name, None)) is not None), None)
+
+
+def networks_in(pipe: Any) -> dict[str, Any]:
+    """All networks that a pipeline denoises with, of whatever family, by the names of `ANY_COMPONENTS`."""
+    parts = {name: getattr(pipe, name, None) for name in ANY_COMPONENTS}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def several(pipe_or_folder: str, names: Any) -> str:
+    """That there are several networks where one was asked for, in words; `names` are theirs."""
+    listed = ", ".join(f"`{name}`" for name in names)
+    return f"{pipe_or_folder} has several networks ({listed}), each with weights of its own. Pass one of them."
 
 
 def family_of(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:

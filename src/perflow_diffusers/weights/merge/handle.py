@@ -27,7 +27,7 @@ from perflow_diffusers.weights.merge.report import MergeReport
 from perflow_diffusers.weights.merge.sums import Kept, check_sums
 from perflow_diffusers.weights.merge.undo import check_mergeable, rescale, rescale_merge, undo_last, undo_merge
 from perflow_diffusers.weights.merge.within import WITHIN, base_sample, share_within
-from perflow_diffusers.weights.read.live import find_unet
+from perflow_diffusers.weights.read.live import find_network
 from perflow_diffusers.weights.read.source import WeightSource
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of
 from perflow_diffusers.words.notices import warn_user
@@ -147,7 +147,7 @@ def merge_delta(
     begin = time.perf_counter()
     if backup not in get_args(Backup):
         raise MergeError(f"backup={backup!r} is unknown. Pass 'cpu', 'disk' or 'none'.")
-    unet = find_unet(pipe_or_unet)
+    unet = find_network(pipe_or_unet)
     weights = usable_weights(unet)
     strength = strength_of(scale, weights)
     plan = plan_weights(weights, source, conv_in=conv_in)
@@ -202,7 +202,7 @@ def unmerge_delta(pipe_or_unet: Any, *, force: bool = False) -> None:
     If something else changed the merged weights since, it raises rather than overwrite that; `force=True` overwrites.
     Raises `MergeError` if nothing is merged, or if it was merged with backup="none".
     """
-    unet = find_unet(pipe_or_unet)
+    unet = find_network(pipe_or_unet)
     check_mergeable(stack_of(unet))
     undo_last(unet, force)
 
@@ -213,7 +213,7 @@ def set_delta_scale(pipe_or_unet: Any, scale: Scale) -> None:
     `scale` as in `merge_delta`. Raises `MergeError` as `unmerge_delta` does, for a scale that is no finite number or
     names no block, and for a sum that overflows. Warns as `merge_delta` does.
     """
-    unet = find_unet(pipe_or_unet)
+    unet = find_network(pipe_or_unet)
     stack = stack_of(unet)
     check_mergeable(stack)
     rescale(unet, stack.layers[-1].number, scale)

@@ -12,7 +12,7 @@ from perflow_diffusers.weights.merge.edits import Edit, Layer, MergePlan
 from perflow_diffusers.weights.merge.sums import check_sums
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.weights.read.complete import is_complete_beside
-from perflow_diffusers.weights.read.live import find_unet, live_weights, replaced_modules
+from perflow_diffusers.weights.read.live import find_network, live_weights, replaced_modules
 from perflow_diffusers.weights.read.lora import as_delta
 from perflow_diffusers.weights.read.source import WeightSource, open_weights
 from perflow_diffusers.weights.scales import Scale, strength_of
@@ -34,7 +34,7 @@ def plan_merge(pipe_or_unet: Any, source: Any, *, scale: Scale = 1.0, conv_in: C
     `WeightSourceError` for a LoRA of a kind that cannot be computed (OFT, ...), or that is damaged. Warns of layers
     for text encoders.
     """
-    weights = usable_weights(find_unet(pipe_or_unet))
+    weights = usable_weights(find_network(pipe_or_unet))
     strength = strength_of(scale, weights)
     plan = plan_weights(weights, source, conv_in=conv_in)
     check_sums([Layer(0, plan, strength)], {}, weights, plan.edit_of)

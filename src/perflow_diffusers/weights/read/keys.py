@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-from perflow_diffusers.families import COMPONENTS, NETWORKS
+from perflow_diffusers.families import ANY_COMPONENTS, NETWORKS
 
 ORIGINAL_PREFIX = "model.diffusion_model."
 EMA_PREFIX = "model_ema.diffusion_model"
@@ -48,7 +48,7 @@ def canonical_map(names: Iterable[str]) -> tuple[dict[str, str], tuple[tuple[str
     The name of a component before all of them, as in `unet.conv_in.weight`, is removed.
     """
     names = list(names)
-    prefixes = (f"{component}." for component in COMPONENTS)
+    prefixes = (f"{component}." for component in ANY_COMPONENTS)
     prefix = next((one for one in prefixes if names and all(name.startswith(one) for name in names)), "")
     found: dict[str, str] = {}
     collisions = []

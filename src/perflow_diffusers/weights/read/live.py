@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.errors import MergeError, WeightSourceError
-from perflow_diffusers.families import network_in
+from perflow_diffusers.families import network_in, networks_in, several
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.words.arguments import in_words
 
@@ -24,6 +24,20 @@ def find_unet(pipe_or_unet: Any) -> torch.nn.Module:
     if not isinstance(module, torch.nn.Module):
         raise MergeError(_no_unet(pipe_or_unet))
     return unwrapped(module)
+
+
+def find_network(pipe_or_network: Any) -> torch.nn.Module:
+    """The network of a pipeline of any family (`unet` or `transformer`), or the module itself, without wrappers.
+
+    Raises `MergeError` if there is none, and if there are several.
+    """
+    if not isinstance(pipe_or_network, torch.nn.Module):
+        found = networks_in(pipe_or_network)
+        if len(found) > 1:
+            raise MergeError(several(f"The {type(pipe_or_network).__name__}", found))
+        if found:
+            return find_unet(next(iter(found.values())))
+    return find_unet(pipe_or_network)
 
 
 def _no_unet(given: Any) -> str:

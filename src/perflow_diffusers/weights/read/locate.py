@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from perflow_diffusers.errors import Unreachable, WeightSourceError
-from perflow_diffusers.families import COMPONENTS
+from perflow_diffusers.families import ANY_COMPONENTS, several
 from perflow_diffusers.families.published import PUBLISHED
 from perflow_diffusers.io.documents import read_object
 from perflow_diffusers.io.names import Where, pasted
@@ -176,8 +176,11 @@ def _gather(names: Iterable[str], fetch: Callable[[str], Path], where: str, vari
 def _choose(names: list[str], where: str, variant: str | None) -> str:
     """The one weight file (or index of shards) that `names` offer; a pipeline's are in a component's folder."""
     here = [name for name in names if "/" not in name]
-    home = next((f"{part}/" for part in COMPONENTS if any(name.startswith(f"{part}/") for name in names)), None)
-    if home is not None and ("model_index.json" in here or not _weight_files(here)):
+    homes = [f"{part}/" for part in ANY_COMPONENTS if any(name.startswith(f"{part}/") for name in names)]
+    if homes and ("model_index.json" in here or not _weight_files(here)):
+        if len(homes) > 1:
+            raise WeightSourceError(several(where, homes))
+        home = homes[0]
         inside = [name.removeprefix(home) for name in names if name.startswith(home)]
         return home + _choose(inside, f"{where}/{home}".rstrip("/"), variant)
     found = _weight_files(here)

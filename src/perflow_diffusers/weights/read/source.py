@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import torch
 
 from perflow_diffusers.errors import WeightSourceError
-from perflow_diffusers.families import COMPONENTS, network_in
+from perflow_diffusers.families import ANY_COMPONENTS, networks_in, several
 from perflow_diffusers.io.names import HubOptions, Where
 from perflow_diffusers.io.tensors import open_tensors
 from perflow_diffusers.weights.read import keys
@@ -162,7 +162,10 @@ def _opened(anything: Any, where: HubOptions) -> WeightSource:
         return _from_files(locate(anything, options))
     if isinstance(anything, Mapping):
         return _from_tensors(anything, "a state dict")
-    module = anything if isinstance(anything, torch.nn.Module) else network_in(anything)
+    found = {} if isinstance(anything, torch.nn.Module) else networks_in(anything)
+    if len(found) > 1:
+        raise WeightSourceError(several(f"The {type(anything).__name__}", found))
+    module = next(iter(found.values()), anything)
     if isinstance(module, torch.nn.Module):
         return _from_module(module)
     files = getattr(anything, "files", None)
@@ -236,7 +239,7 @@ def _from_module(module: torch.nn.Module) -> WeightSource:
 
 
 def _from_tensors(tensors: Mapping[Any, Any], name: str) -> WeightSource:
-    nested = [key for key in ("state_dict", "model", *COMPONENTS) if isinstance(tensors.get(key), Mapping)]
+    nested = [key for key in ("state_dict", "model", *ANY_COMPONENTS) if isinstance(tensors.get(key), Mapping)]
     if nested:
         raise WeightSourceError(
             f"The given dict is nested: the weights seem to be under '{nested[0]}'. Pass that part."
