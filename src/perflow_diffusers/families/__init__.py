@@ -1,6 +1,7 @@
 """Model families as data: what their networks are called and made of. A new family is a row of `FAMILIES`."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from perflow_diffusers.families.family import Family, Network, is_wider
@@ -13,8 +14,10 @@ __all__ = [
     "FIRST_LAYERS",
     "NETWORKS",
     "TEXT_LAYERS",
+    "TRANSFORMER_PREFIXES",
     "Family",
     "Network",
+    "component_of",
     "family_in_words",
     "family_of",
     "is_wider",
@@ -30,6 +33,10 @@ NETWORKS: tuple[Network, ...] = tuple(dict.fromkeys(family.network for family in
 COMPONENTS: tuple[str, ...] = tuple(network.component for network in NETWORKS)
 #: And those of networks of any family: their weights are merged and compared by names and shapes alone.
 ANY_COMPONENTS: tuple[str, ...] = (*COMPONENTS, "transformer", "transformer_2")
+#: How names of LoRAs begin that are for a transformer: those of diffusers (for a second one, too) and of kohya.
+TRANSFORMER_PREFIXES = ("transformer.", "lora_transformer_")
+
+_BLOCK = re.compile(r"(?P<root>(\w*_)?(blocks|layers))\.\d+\.")
 
 #: Their weights of the first layer, which have more inputs in inpainting and other models of a family.
 FIRST_LAYERS = frozenset(network.first_layer for network in NETWORKS)
@@ -46,6 +53,17 @@ def networks_in(pipe: Any) -> dict[str, Any]:
     """All networks that a pipeline denoises with, of whatever family, by the names of `ANY_COMPONENTS`."""
     parts = {name: getattr(pipe, name, None) for name in ANY_COMPONENTS}
     return {name: part for name, part in parts.items() if part is not None}
+
+
+def component_of(names: Iterable[str]) -> str:
+    """What a pipeline calls the network whose weights have these canonical `names`, some or all of them.
+
+    A `transformer` has numbered blocks that are none of a UNet's; everything else is taken for a UNet.
+    """
+    roots = {root for network in NETWORKS for root in network.roots}
+    blocks = (_BLOCK.match(name) for name in names)
+    other = any(block is not None and block["root"] not in roots for block in blocks)
+    return "transformer" if other else COMPONENTS[0]
 
 
 def several(pipe_or_folder: str, names: Any) -> str:

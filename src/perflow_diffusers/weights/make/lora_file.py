@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.errors import DeltaError
+from perflow_diffusers.families import component_of
 from perflow_diffusers.io.tensors import dtype_name, dtype_names
 from perflow_diffusers.io.writer import (
     File,
@@ -91,8 +92,9 @@ def write_lora(
     """
     tensors: dict[str, torch.Tensor] = {}
     strengths: dict[str, dict[str, tuple[int, float]]] = {}
+    network = component_of(layers)
     for name, layer in layers.items():
-        component, module = _place(name)
+        component, module = _place(name, network)
         stem = spelled(component, module)
         tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = layer.down, layer.up
         strengths.setdefault(component, {})[module] = (len(layer.down), layer.alpha)
@@ -113,7 +115,7 @@ def write_lora(
     write_together(files, overwrite=overwrite, former=(rest_path,))
 
 
-def _place(name: str) -> tuple[str, str]:
-    """Component and module of a weight: see `lora.weight_name`."""
+def _place(name: str, network: str) -> tuple[str, str]:
+    """Component and module of a weight, of the `network` if of no text encoder: see `lora.weight_name`."""
     component, _, module = name.removesuffix(".weight").partition(".")
-    return (component, module) if component in KOHYA_PREFIXES else ("unet", name.removesuffix(".weight"))
+    return (component, module) if component in KOHYA_PREFIXES else (network, name.removesuffix(".weight"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from perflow_diffusers.errors import WeightSourceError
+from perflow_diffusers.families import ANY_COMPONENTS
 from perflow_diffusers.io.documents import parsed
 from perflow_diffusers.weights.read.source import WeightSource
 from perflow_diffusers.words.shown import shown
@@ -157,12 +158,15 @@ def _given_configs(source: WeightSource, components: tuple[str, ...]) -> dict[st
     else:
         return {}
     configs: dict[str, dict[str, Any]] = {component: {} for component in components}
+    named = {name.partition(".")[0] for name in source} & set(ANY_COMPONENTS)
     for name, value in given.items():
         component, dot, key = name.partition(".")
         if not dot:  # `save_lora_adapter` writes the config of a lone UNet, without its name
             configs["unet"][name] = value
         elif component in configs:
             configs[component][key] = value
+        elif component in named:  # a transformer's, whose tensors are in the file
+            configs["unet"][key] = value
     return configs
 
 

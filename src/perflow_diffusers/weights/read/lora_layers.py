@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perflow_diffusers.errors import WeightSourceError
+from perflow_diffusers.families import ANY_COMPONENTS
 from perflow_diffusers.weights.read import keys, lora_names
 from perflow_diffusers.weights.read.adapter_config import ADAPTER_METADATA, AdapterConfig, adapter_configs
 from perflow_diffusers.weights.read.original_names import Blocks, blocks_of_model, blocks_of_originals
@@ -131,13 +132,13 @@ def adapter_metadata(modules: Mapping[str, tuple[int, float]], component: str = 
     """The config that diffusers stores for LoRA layers: `{"unet.r": ..., "unet.lora_alpha": ..., ...}`.
 
     `modules` maps a module name to (rank, alpha). The commonest values are the config's, the others its patterns. PEFT
-    takes these for regular expressions for the end of a name; those of the UNet begin with ^ as diffusers writes them.
+    takes these for regular expressions for the end of a name; the network's begin with ^ as diffusers writes them.
     Text encoders' layers may have `text_model.` before their names, or not, in the model that loads them.
     """
     ranks = Counter(rank for rank, _ in modules.values())
     alphas = Counter(alpha for _, alpha in modules.values())
     rank, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
-    start = "^" if component == "unet" else ""
+    start = "^" if component in ANY_COMPONENTS else ""
     config = {
         "r": rank,
         "lora_alpha": _plain(alpha),

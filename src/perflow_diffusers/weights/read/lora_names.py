@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from perflow_diffusers.families import NETWORKS
+from perflow_diffusers.families import ANY_COMPONENTS, NETWORKS, TRANSFORMER_PREFIXES
 from perflow_diffusers.weights.read.original_names import SDXL, Blocks, from_original, to_original
 
 __all__ = [
@@ -131,7 +131,7 @@ def spelled(component: str, module: str) -> str:
     Text encoders get the `text_model.` of transformers before 5.0, which diffusers removes where the model has none:
     so the name fits with every version of it.
     """
-    inner = "text_model." if component != "unet" and module.startswith("encoder.") else ""
+    inner = "text_model." if component not in ANY_COMPONENTS and module.startswith("encoder.") else ""
     return f"{component}.{inner}{module}"
 
 
@@ -139,7 +139,8 @@ def parse(name: str, modules: Mapping[str, str] | None = None, blocks: Blocks = 
     """What the tensor `name` of a LoRA is, or None if no known layout calls a factor or an alpha of these models so.
 
     `modules` maps a module name with underscores for dots to the module's name, for the model at hand; what it does
-    not know is split by the grammar of UNet and CLIP modules. `blocks` are those that original-format names count.
+    not know is split by the grammar of UNet and CLIP modules; a transformer's are known from the model alone. `blocks`
+    are those that original-format names count.
     """
     found, known = _split(name), modules or {}
     if found is None:
@@ -153,11 +154,22 @@ def parse(name: str, modules: Mapping[str, str] | None = None, blocks: Blocks = 
         found = replace(found, module=module)
     if found.component != "unet":
         return found
+    if (module := _of_transformer(found.module, known)) is not None:
+        return replace(found, module=module)
     if _ORIGINAL.match(found.module):
         module = from_original(found.module, blocks)
         return None if module is None else replace(found, module=module, original=True)
     named = name.startswith("unet.") or _ROOT.match(found.module) or found.module in known.values()
     return found if named else None
+
+
+def _of_transformer(module: str, known: Mapping[str, str]) -> str | None:
+    """The module of the model at hand that a name for a transformer's LoRA means, dotted or with underscores."""
+    for prefix in TRANSFORMER_PREFIXES:
+        rest = module.removeprefix(prefix)
+        if rest != module:
+            return known.get(rest) or known.get(rest.replace(".", "_"))
+    return None
 
 
 def original_module(name: str) -> tuple[str, str] | None:
