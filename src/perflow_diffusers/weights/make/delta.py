@@ -23,6 +23,8 @@ from perflow_diffusers.words.shown import shown
 
 DELTA_FORMAT = "delta-1"
 
+_PART = 1 << 22  # numbers that are subtracted at once
+
 
 @shown
 @dataclass(frozen=True, eq=False)
@@ -178,21 +180,29 @@ class _Differences:
                 self.progress(done, len(self.pairs))
 
     def _difference(self, name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """new - old as it is stored; in parts, so that not more than the result is in memory at once."""
         exact = torch.promote_types(_wider(old.dtype, new.dtype), torch.float32)
-        wide = old.detach().to("cpu", exact)
-        difference = new.detach().to("cpu", exact, copy=True).sub_(wide)
-        stored = difference.to(self.specs[name][1])
-        size, total = difference.norm().item(), wide.norm().item()
-        check = stored if stored.dtype.itemsize > 1 else stored.float()
-        if check.numel() and not all(torch.isfinite(value) for value in torch.aminmax(check)):
-            raise DeltaError(
-                f"{name} of {self.tuned.name} minus {self.base.name} has NaN or Inf in {stored.dtype}. Look at that "
-                "checkpoint, or store the delta in float32."
-            )
-        self.noise.add(old, new, difference, size**2)
-        self.squares[0] += size**2
-        self.squares[1] += total**2
-        if size == 0:
+        stored = torch.empty(old.shape, dtype=self.specs[name][1])
+        # What rounding alone makes different is told of whole tensors.
+        part = _PART if coarser(old.dtype, new.dtype) is None else max(1, old.numel())
+        same = True
+        flat = (tensor.detach().reshape(-1).split(part) for tensor in (old, new, stored))
+        for before, after, out in zip(*flat, strict=True):
+            wide = before.to("cpu", exact)
+            difference = after.to("cpu", exact, copy=True).sub_(wide)
+            out.copy_(difference)
+            size, total = difference.norm().item(), wide.norm().item()
+            check = out if out.dtype.itemsize > 1 else out.float()
+            if check.numel() and not all(torch.isfinite(value) for value in torch.aminmax(check)):
+                raise DeltaError(
+                    f"{name} of {self.tuned.name} minus {self.base.name} has NaN or Inf in {stored.dtype}. Look at "
+                    "that checkpoint, or store the delta in float32."
+                )
+            self.noise.add(before, after, difference, size**2)
+            self.squares[0] += size**2
+            self.squares[1] += total**2
+            same = same and size == 0
+        if same:
             self.identical.append(name)
         return stored
 

@@ -113,9 +113,15 @@ def merge_files(
 def _merged(
     weights: dict[str, torch.Tensor], layer: Layer, kept: Kept, progress: Callable[[int, int], None] | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weight by weight, each to be written before the next: the sums share one buffer, which leaves no gaps behind."""
+    longest: dict[tuple[torch.dtype, torch.device], int] = {}
+    for name in layer.plan.edit_of:
+        kind = weights[name].dtype, weights[name].device
+        longest[kind] = max(longest.get(kind, 0), weights[name].numel())
+    buffers = {kind: torch.empty(count, dtype=kind[0], device=kind[1]) for kind, count in longest.items()}
     for done, (name, weight) in enumerate(weights.items(), start=1):
         if name in layer.plan.edit_of:
-            merged = torch.empty_like(weight)
+            merged = buffers[weight.dtype, weight.device][: weight.numel()].view(weight.shape)
             terms = list(terms_of([layer], name, weight, weight.device))
             write_weight(merged, weight, terms)
             kept.add(merged, sample(weight), terms)
