@@ -284,3 +284,15 @@ def test_fp8_checkpoints_are_subtracted_in_fp32(make_unet, drop):
     delta = compute_delta(base, tuned, drop_identical=drop)
     for name, value in delta.items():
         assert torch.equal(value, (tuned[name].float() - base[name].float()).half())
+
+
+def test_in_parts_it_is_the_same_difference():
+    """A tensor of more numbers than are subtracted at once (2^22), its last part short."""
+    generator = torch.Generator().manual_seed(3)
+    base = {"conv_in.weight": torch.randn(2100, 2003, generator=generator)}
+    tuned = {"conv_in.weight": base["conv_in.weight"] + 0.1 * torch.randn(2100, 2003, generator=generator)}
+    exact = tuned["conv_in.weight"].double() - base["conv_in.weight"].double()
+    delta = compute_delta(base, tuned)
+    assert torch.equal(delta["conv_in.weight"], exact.float())
+    relative = (exact.norm() / base["conv_in.weight"].double().norm()).item()
+    assert delta.relative_norm == pytest.approx(relative, rel=1e-4)  # norms are summed in fp32
