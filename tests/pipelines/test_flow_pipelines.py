@@ -1,8 +1,10 @@
 """Flow-matching pipelines of diffusers, called: the network sees the windows' grid, the steps are diffusers' own."""
 
+import dataclasses
+
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from flow_builders import FLOW
 from test_pipeline_table import rows
 
@@ -79,6 +81,18 @@ def test_sigmas_of_one_s_own_are_taken_where_the_pipeline_takes_them(name):
     _, told = call(built, sigmas=chosen, num_inference_steps=3)
     shifted = torch.tensor([3 * u / (1 + 2 * u) for u in chosen])
     assert told == pytest.approx(built.told(shifted).tolist(), rel=1e-6, abs=1e-6)
+
+
+def test_a_saved_pipeline_comes_back_with_its_scheduler(tmp_path):
+    built = FLOW["sd3-text-to-image"](scheduler_for("sd3-text-to-image"))
+    wanted, _ = call(built)
+    built.pipe.save_pretrained(tmp_path)
+    left_out = {name: None for name, part in built.pipe.components.items() if part is None}
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, **left_out)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.scheduler) is FlowMatchPeRFlowScheduler
+    assert loaded.scheduler.windows == built.pipe.scheduler.windows
+    assert torch.equal(call(dataclasses.replace(built, pipe=loaded))[0], wanted)
 
 
 def test_every_pipeline_is_a_row_of_the_docs_and_every_row_a_pipeline():

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 from perflow_diffusers import extract_lora
 from perflow_diffusers.miniature import miniature_folder
@@ -28,9 +28,19 @@ def export_base(source: Path, out: Path) -> None:
     pipe.save_pretrained(out)
 
 
+def export_flow(source: Path, out: Path) -> None:
+    """The flow-matching pipeline in fp16, without the autoencoder, which is the base's."""
+    left_out = dict.fromkeys(("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"))
+    pipe = StableDiffusion3Pipeline.from_pretrained(source, dtype=torch.float16, **left_out)
+    shutil.rmtree(out, ignore_errors=True)
+    pipe.save_pretrained(out)
+    shutil.rmtree(out / "vae")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="folder of the trained base pipeline")
+    parser.add_argument("--flow", type=Path, help="folder of the trained flow-matching pipeline")
     parser.add_argument("--disco", type=Path, help="folder of the fine-tuned pipeline")
     parser.add_argument("--delta", type=Path, help="safetensors file of the accelerator")
     parser.add_argument("--out", type=Path, default=miniature_folder(), help="folder of the embedded weights")
@@ -40,6 +50,8 @@ def main() -> None:
     (args.out / "prompts.json").write_text(json.dumps(prompts, indent=0) + "\n")
     if args.base:
         export_base(args.base, args.out / "avatars")
+    if args.flow:
+        export_flow(args.flow, args.out / "flow")
     if args.disco:
         unet = UNet2DConditionModel.from_pretrained(args.disco, subfolder="unet", dtype=torch.float16)
         unet.save_pretrained(args.out / "disco" / "unet")

@@ -27,6 +27,10 @@ STAGES = {
         [HERE / "train_base.py", "--vae", RUNS / "vae", "--steps", 10000, "--out", RUNS / "base"],
         [HERE / "export_assets.py", "--base", RUNS / "base"],
     ],
+    "flow": [
+        [HERE / "train_base.py", "--process", "flow", "--vae", RUNS / "vae", "--steps", 4500, "--out", RUNS / "flow"],
+        [HERE / "export_assets.py", "--flow", RUNS / "flow"],
+    ],
     "disco": [
         [HERE / "train_base.py", "--init", RUNS / "base", "--style", "disco", "--steps", 900,
          "--learning-rate", 3e-4, "--out", RUNS / "disco"],

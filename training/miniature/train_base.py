@@ -1,6 +1,7 @@
-"""Trains the miniature's diffusion pipeline from scratch, or fine-tunes its UNet on another style.
+"""Trains a base of the miniature from scratch, or fine-tunes its network on another style.
 
 python train_base.py --vae runs/miniature/vae --out runs/miniature/base                     # from nothing
+python train_base.py --process flow --vae runs/miniature/vae --out runs/miniature/flow      # flow matching
 python train_base.py --init runs/miniature/base --style disco --out runs/miniature/disco  # a second checkpoint
 """
 
@@ -13,53 +14,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
+from bases import BASES
 from pictures import load_pictures, to_unit
-from text import learn_tokenizer, new_text_encoder
 
-UNET = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (64, 80),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 96,
-    "attention_head_dim": 4,
-    "norm_num_groups": 16,
-}
-#: Stable Diffusion 1.5's noise schedule
-NOISE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 CAPTION_DRAWS = 8  # captions of one picture, with other attributes left out
-SNR_GAMMA = 5.0  # min-SNR weighting (Hang et al. 2023, eq. 9)
-
-
-def new_pipeline(vae_folder: Path) -> StableDiffusionPipeline:
-    """Pipeline with a trained autoencoder and random text encoder and UNet."""
-    captions = [text for style in ("avatars", "thumbs") for text in load_pictures(style, "train").redraw_captions(0)]
-    tokenizer = learn_tokenizer(captions)
-    return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(vae_folder),
-        text_encoder=new_text_encoder(tokenizer),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**UNET),
-        scheduler=DDIMScheduler(**NOISE),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
 @dataclass(frozen=True)
@@ -97,14 +58,16 @@ def encode_samples(pipe: Any, style: str) -> Samples:
 def train(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    pipe: Any = StableDiffusionPipeline.from_pretrained(args.init) if args.init else new_pipeline(args.vae)
+    kind = BASES[args.process]
+    pipe: Any = kind.pipeline.from_pretrained(args.init) if args.init else kind.new(args.vae)
+    base, network = kind(pipe), getattr(pipe, kind.network)
     samples = encode_samples(pipe, args.style)
-    modules = torch.nn.ModuleDict({"unet": pipe.unet})
-    if args.init:
-        pipe.text_encoder.requires_grad_(False)
-    else:
-        modules["text_encoder"] = pipe.text_encoder
-    pipe.unet.to(memory_format=torch.channels_last)
+    modules = torch.nn.ModuleDict({kind.network: network})
+    for name in kind.texts:
+        if args.init:
+            getattr(pipe, name).requires_grad_(False)
+        else:
+            modules[name] = getattr(pipe, name)
     modules.train()
     optimizer = torch.optim.AdamW(
         modules.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
@@ -115,27 +78,20 @@ def train(args: argparse.Namespace) -> None:
     modules, optimizer, schedule = accelerator.prepare(modules, optimizer, schedule)
     ema = EMAModel(modules.parameters(), decay=args.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     accelerator.register_for_checkpointing(ema, schedule)
-    noise_schedule = pipe.scheduler
-    snr = compute_snr(noise_schedule, torch.arange(1000))
-    weight = (snr.clamp(max=SNR_GAMMA) / snr).float()
-    unet = torch.compile(pipe.unet) if args.compile else pipe.unet
+    called = torch.compile(network) if args.compile else network
 
     first, state = 0, args.out / "state"
     if args.resume and (state / "step.txt").is_file():
         accelerator.load_state(str(state))
         first = int((state / "step.txt").read_text())
     progress = tqdm(
-        range(first, args.steps), desc=f"{args.style} UNet", initial=first, total=args.steps, mininterval=5
+        range(first, args.steps), desc=f"{args.style} {kind.network}", initial=first, total=args.steps, mininterval=5
     )
     running = None
     for step in progress:
         latents, ids = samples.draw(args.batch, args.caption_dropout)
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(0, 1000, (args.batch,))
-        noisy = noise_schedule.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
-            predicted = unet(noisy, timesteps, pipe.text_encoder(ids)[0]).sample
-        loss = (weight[timesteps] * (predicted.float() - noise).pow(2).mean((1, 2, 3))).mean()
+            loss = base.loss(called, latents, ids)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
@@ -153,8 +109,8 @@ def train(args: argparse.Namespace) -> None:
             pipe.save_pretrained(args.out / "partial")
             ema.restore(modules.parameters())
     ema.copy_to(modules.parameters())
-    pipe.unet.to(memory_format=torch.contiguous_format)
-    for module in (pipe.unet, pipe.text_encoder, pipe.vae):
+    base.finish()
+    for module in (*modules.values(), pipe.vae):
         module.eval().requires_grad_(True)
     pipe.save_pretrained(args.out)
 
@@ -165,7 +121,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline (EMA weights)")
     parser.add_argument("--vae", type=Path, default=Path("runs/miniature/vae"), help="a trained autoencoder")
-    parser.add_argument("--init", type=Path, help="fine-tune this pipeline's UNet instead of starting from nothing")
+    parser.add_argument("--init", type=Path, help="fine-tune this pipeline's network instead of starting from nothing")
+    parser.add_argument("--process", choices=tuple(BASES), default="diffusion", help="how data turns into noise")
     parser.add_argument("--style", choices=("avatars", "disco", "thumbs"), default="avatars")
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--batch", type=int, default=64)

@@ -13,8 +13,12 @@ import torch
 
 #: guidance at which the miniature's base pipeline looks best (highest attribute accuracy at 100 steps)
 MINIATURE_GUIDANCE = 7.5
+#: the same of its flow-matching pipeline
+MINIATURE_FLOW_GUIDANCE = 5.0
 #: the embedded checkpoints: the base, and the base's UNet fine-tuned as people fine-tune theirs
 MINIATURE_CHECKPOINTS = ("avatars", "disco")
+#: and the flow-matching base, a pipeline of another class on the same autoencoder and the same pictures
+MINIATURE_FLOW = "flow"
 
 
 #: words that say nothing by themselves: not learnt, and not worth a remark
@@ -29,25 +33,33 @@ def miniature_folder() -> Path:
 
 
 def load_miniature(checkpoint: str = "avatars", dtype: torch.dtype = torch.float32):
-    """The embedded `StableDiffusionPipeline`: 32 x 32 pictures, 4 x 8 x 8 latents, epsilon prediction, DDIM scheduler.
+    """An embedded pipeline: 32 x 32 pictures, 4 x 8 x 8 latents.
 
     Args:
-        checkpoint: "avatars" (the base) or "disco" (its UNet fine-tuned on avatars of another taste).
+        checkpoint: "avatars", the base, a `StableDiffusionPipeline` with epsilon prediction and DDIM; "disco", its
+            UNet fine-tuned on avatars of another taste; or "flow", a `StableDiffusion3Pipeline` with a transformer
+            trained by flow matching on the avatars.
         dtype: dtype of the weights, which are stored in fp16.
 
     Raises:
         ValueError: unknown checkpoint; a dtype that is none of torch's.
     """
-    _check(checkpoint)
+    if checkpoint != MINIATURE_FLOW:
+        _check(checkpoint)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"`dtype={dtype!r}` is no dtype of torch's. Pass torch.float16, torch.float32 or another.")
     with _silence():
-        from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+        from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
-        folder, replaced = miniature_folder(), {}
-        if checkpoint != "avatars":
+        folder, home, replaced = miniature_folder(), "avatars", {}
+        if checkpoint == MINIATURE_FLOW:
+            home = checkpoint
+            replaced.update(dict.fromkeys(("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")))
+            vae = folder / "avatars" / "vae"
+            replaced["vae"] = AutoencoderKL.from_pretrained(vae, dtype=dtype, shift_factor=0.0)
+        elif checkpoint != "avatars":
             replaced["unet"] = UNet2DConditionModel.from_pretrained(folder / checkpoint / "unet", dtype=dtype)
-        pipe = StableDiffusionPipeline.from_pretrained(folder / "avatars", dtype=dtype, **replaced)
+        pipe = DiffusionPipeline.from_pretrained(folder / home, dtype=dtype, **replaced)
     pipe.set_progress_bar_config(disable=None)  # a bar for people, none in pipes and logs
     return pipe
 
