@@ -123,7 +123,7 @@ def test_a_config_of_other_shapes_is_refused(tmp_path):
     sd3.save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     for change, words in (
-        ({"num_layers": 1}, "SD3Transformer2DModel has other weights: transformer_blocks"),
+        ({"num_layers": 1}, "one of SD3Transformer2DModel, which has others: transformer_blocks"),
         ({"_class_name": "CLIPTextModel"}, "it is one of CLIPTextModel"),
         ({"num_layers": "two"}, "cannot be built from it"),
     ):

@@ -115,10 +115,13 @@ def test_folder_with_one_file_many_files_or_none(tensors, tmp_path):
     empty.mkdir()
     with pytest.raises(WeightSourceError, match="holds: nothing"):
         open_weights(empty)
+    (empty / "vae").mkdir()
+    save_file(tensors, empty / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(WeightSourceError, match=r"holds no safetensors weights.*vae/diffusion"):
+        open_weights(empty)
     (empty / "transformer").mkdir()
     save_file(tensors, empty / "transformer" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(WeightSourceError, match="UNets only"):
-        open_weights(empty)
+    check(open_weights(empty), tensors)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth"])

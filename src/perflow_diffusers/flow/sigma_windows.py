@@ -50,6 +50,11 @@ class SigmaWindows:
         object.__setattr__(self, "boundaries", tuple(float(b) for b in given))
         object.__setattr__(self, "shift", float(shift))
 
+    def __repr__(self) -> str:
+        given = [f"{b:.4g}" for b in self.boundaries]
+        some = given if len(given) <= 12 else [*given[:6], "...", *given[-3:]]
+        return f"SigmaWindows({self.num_windows}: {' > '.join(some)}, shift {self.shift:g})"
+
     @classmethod
     def uniform(cls, num_windows: int, shift: float = 1.0) -> SigmaWindows:
         """`num_windows` >= 1 windows from 1 to 0 that are equally long in the even time of `shift`."""

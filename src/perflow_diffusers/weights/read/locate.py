@@ -221,12 +221,10 @@ def _nothing_found(names: list[str], where: str) -> str:
     if any(name.endswith(PICKLES) for name in names if name.count("/") == 0):
         first = next(name for name in names if name.endswith(PICKLES) and "/" not in name)
         return pickle_refused(f"{where}/{first}")
-    if any(name.startswith("transformer/") for name in names):
-        return f"{where} is a pipeline with a transformer, not a UNet: PeRFlow deltas exist for UNets only."
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
     return (
-        f"{where} holds no safetensors weights (it holds: {shown}). Pass the folder of a diffusers UNet, of a "
-        "pipeline, or a .safetensors file."
+        f"{where} holds no safetensors weights (it holds: {shown}). Pass the folder of a diffusers UNet or "
+        "transformer, of a pipeline, or a .safetensors file."
     )
 
 

@@ -64,7 +64,7 @@ def _unlike(name: str, config: Mapping[str, Any], weights: Mapping[str, torch.Te
         return f"{name:.50} cannot be built from it: {error!s:.200}"
     have = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     wrong = sorted(key for key in have.keys() | weights.keys() if have.get(key) != _shape(weights.get(key)))
-    return f"{name:.50} has other weights: {', '.join(wrong[:3])}" if wrong else None
+    return f"it is one of {name:.50}, which has others: {', '.join(wrong[:3])}" if wrong else None
 
 
 def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
