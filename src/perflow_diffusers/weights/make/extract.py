@@ -50,7 +50,7 @@ def extract_lora(
     moments: Mapping[str, torch.Tensor] | None = None,
     exact: bool = False,
     oversampling: int = 16,
-    power_iterations: int = 4,
+    power_iterations: int = 5,
     residual: bool = True,
     dtype: torch.dtype | str = torch.float16,
     seed: int = 0,
@@ -93,7 +93,7 @@ def extract_lora(
     if stored not in STORED:
         raise DeltaError(f"dtype={dtype!r} is nothing that LoRAs are stored in. Pass float16, bfloat16 or float32.")
     whole_number(oversampling, "oversampling", 0, "Usual are 8 to 32.")
-    whole_number(power_iterations, "power_iterations", 0, "Usual are 1 to 4.")
+    whole_number(power_iterations, "power_iterations", 0, "Usual are 1 to 6.")
     whole_number(seed, "seed", 0, "Any will do; the same one gives the same file.")
     check_moments(moments)
     path_of(out, "out", ORDER)

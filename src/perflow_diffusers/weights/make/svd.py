@@ -38,7 +38,7 @@ class Effort:
 
     exact: bool = False
     oversampling: int = 16
-    power_iterations: int = 4
+    power_iterations: int = 5
 
 
 @shown
