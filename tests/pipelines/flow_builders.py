@@ -23,6 +23,7 @@ from diffusers import (
 from PIL import Image
 
 TEXT = 16
+_ATTENTION_MASKS = ("prompt_attention_mask", "negative_prompt_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Built:
 
 def embeds(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def texts(masks=None):
+    """A prompt and a negative one, (1, 5, TEXT) each; `masks` names the pipeline's arguments for all-ones masks."""
+    given = {"prompt_embeds": embeds(1, 5, TEXT), "negative_prompt_embeds": embeds(1, 5, TEXT, seed=1)}
+    return given | dict.fromkeys(masks or (), torch.ones(1, 5, dtype=torch.int64))
 
 
 def picture(seed=0):
@@ -92,9 +99,8 @@ def sd3(name="StableDiffusion3Pipeline", scheduler=None, **arguments):
     channels = 16 if "Inpaint" in name else 4  # which pipeline takes no other number
     transformer = random(SD3Transformer2DModel, **{**_SD3, "in_channels": channels, "out_channels": channels})
     pipe = pipeline(name, scheduler, transformer, tiny_vae(channels), **none)
-    texts = {"prompt_embeds": embeds(1, 5, TEXT), "negative_prompt_embeds": embeds(1, 5, TEXT, seed=1)}
     pooled = {"pooled_prompt_embeds": embeds(1, TEXT), "negative_pooled_prompt_embeds": embeds(1, TEXT, seed=1)}
-    return Built(pipe, {**texts, **pooled, "guidance_scale": 3.0, "height": 32, "width": 32, **arguments})
+    return Built(pipe, {**texts(), **pooled, "guidance_scale": 3.0, "height": 32, "width": 32, **arguments})
 
 
 def sd3_image_to_image(scheduler):
@@ -126,11 +132,11 @@ def flux(scheduler, name="FluxPipeline", **arguments):
     )
     none = {"text_encoder_2": None, "tokenizer_2": None}
     pipe = pipeline(name, scheduler, transformer, tiny_vae() if arguments else None, **none)
-    texts = {"prompt_embeds": embeds(1, 5, TEXT), "pooled_prompt_embeds": embeds(1, TEXT)}
+    given = {"prompt_embeds": embeds(1, 5, TEXT), "pooled_prompt_embeds": embeds(1, TEXT)}
     size = 32 if arguments else 64
     return Built(
         pipe,
-        {**texts, "guidance_scale": 3.5, "height": size, "width": size, "output_type": "latent", **arguments},
+        {**given, "guidance_scale": 3.5, "height": size, "width": size, "output_type": "latent", **arguments},
         told=lambda sigma: sigma,
     )
 
@@ -150,12 +156,8 @@ def qwen_image(scheduler):
         joint_attention_dim=TEXT,
         axes_dims_rope=(4, 6, 6),
     )
-    mask = torch.ones(1, 5, dtype=torch.int64)
     arguments = {
-        "prompt_embeds": embeds(1, 5, TEXT),
-        "prompt_embeds_mask": mask,
-        "negative_prompt_embeds": embeds(1, 5, TEXT, seed=1),
-        "negative_prompt_embeds_mask": mask,
+        **texts(("prompt_embeds_mask", "negative_prompt_embeds_mask")),
         "true_cfg_scale": 3.0,
         "height": 64,
         "width": 64,
@@ -203,13 +205,9 @@ def sana(scheduler):
         caption_channels=TEXT,
         sample_size=8,
     )
-    mask = torch.ones(1, 5, dtype=torch.int64)
     arguments = {
-        "prompt_embeds": embeds(1, 5, TEXT),
-        "prompt_attention_mask": mask,
+        **texts(_ATTENTION_MASKS),
         "negative_prompt": None,
-        "negative_prompt_embeds": embeds(1, 5, TEXT, seed=1),
-        "negative_prompt_attention_mask": mask,
         "guidance_scale": 3.0,
         "height": 256,
         "width": 256,
@@ -233,8 +231,7 @@ def wan(scheduler):
         rope_max_seq_len=32,
     )
     arguments = {
-        "prompt_embeds": embeds(1, 5, TEXT),
-        "negative_prompt_embeds": embeds(1, 5, TEXT, seed=1),
+        **texts(),
         "guidance_scale": 3.0,
         "height": 32,
         "width": 32,
@@ -255,12 +252,8 @@ def ltx(scheduler):
         num_layers=1,
         caption_channels=TEXT,
     )
-    mask = torch.ones(1, 5, dtype=torch.int64)
     arguments = {
-        "prompt_embeds": embeds(1, 5, TEXT),
-        "prompt_attention_mask": mask,
-        "negative_prompt_embeds": embeds(1, 5, TEXT, seed=1),
-        "negative_prompt_attention_mask": mask,
+        **texts(_ATTENTION_MASKS),
         "guidance_scale": 3.0,
         "height": 64,
         "width": 64,

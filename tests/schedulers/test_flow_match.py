@@ -241,6 +241,8 @@ def test_inverted_levels_are_stock_euler_s():
     outputs, z = [random(2, 4, 8, 8, seed=i) for i in range(5)], random(2, 4, 8, 8, seed=9)
     assert torch.equal(run(scheduler, z, outputs)[-1], run(stock, z, outputs)[-1])
     x0, noise = random(2, 4, 8, 8), random(2, 4, 8, 8, seed=1)
+    scheduler.set_timesteps(timesteps=[100.0, 500.0, 980.0])
+    assert scheduler.timesteps.tolist() == pytest.approx([100, 500, 980]) and scheduler.sigmas[-1] == 1
     scheduler.set_timesteps(5)
     noised = scheduler.scale_noise(x0, scheduler.timesteps[2:3], noise)
     estimate = scheduler.step(x0 - noise, scheduler.timesteps[2], noised).pred_original_sample

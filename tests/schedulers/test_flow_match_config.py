@@ -60,6 +60,14 @@ def test_samplers_in_flow_mode_say_their_shift():
     assert heun.windows.boundaries == pytest.approx([2 * u / (1 + u) for u in (1, 0.75, 0.5, 0.25, 0)])
 
 
+def test_a_scheduler_or_a_pipeline_is_no_config(tiny_pipeline):
+    stock = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"is no configuration.*`scheduler\.config`"):
+        FlowMatchPeRFlowScheduler.from_config(stock)
+    with pytest.raises(ValueError, match=r"is no configuration.*`pipe\.scheduler\.config`"):
+        FlowMatchPeRFlowScheduler.from_config(tiny_pipeline)
+
+
 def test_bases_of_another_process_are_refused_both_ways():
     with pytest.raises(ValueError, match=r"PeRFlowScheduler\.from_config"):
         FlowMatchPeRFlowScheduler.from_config(DDIMScheduler().config)

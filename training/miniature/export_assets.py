@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 from perflow_diffusers import extract_lora
-from perflow_diffusers.miniature import miniature_folder
+from perflow_diffusers.miniature import MINIATURE_FLOW_LEFT_OUT, miniature_folder
 from pictures import load_pictures
 
 LORA_RANK = 8  # what fits into 15 MB; what other ranks keep: benchmarks/delta_sizes.py
@@ -30,7 +30,7 @@ def export_base(source: Path, out: Path) -> None:
 
 def export_flow(source: Path, out: Path) -> None:
     """The flow-matching pipeline in fp16, without the autoencoder, which is the base's."""
-    left_out = dict.fromkeys(("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"))
+    left_out = dict.fromkeys(MINIATURE_FLOW_LEFT_OUT)
     pipe = StableDiffusion3Pipeline.from_pretrained(source, dtype=torch.float16, **left_out)
     shutil.rmtree(out, ignore_errors=True)
     pipe.save_pretrained(out)

@@ -22,7 +22,8 @@ __all__ = [
     "family_of",
     "is_wider",
     "network_in",
-    "networks_in",
+    "several",
+    "sole_network",
 ]
 
 #: All that are known; accelerators are published for the first three.
@@ -49,10 +50,15 @@ def network_in(pipe: Any) -> Any:
     return next((part for name in COMPONENTS if (part := getattr(pipe, name, None)) is not None), None)
 
 
-def networks_in(pipe: Any) -> dict[str, Any]:
-    """All networks that a pipeline denoises with, of whatever family, by the names of `ANY_COMPONENTS`."""
-    parts = {name: getattr(pipe, name, None) for name in ANY_COMPONENTS}
-    return {name: part for name, part in parts.items() if part is not None}
+def sole_network(pipe: Any, error: type[Exception]) -> Any:
+    """The network that a pipeline denoises with, of whatever family; None for what has none of `ANY_COMPONENTS`.
+
+    Raises `error` for a pipeline that has several.
+    """
+    found = {name: part for name in ANY_COMPONENTS if (part := getattr(pipe, name, None)) is not None}
+    if len(found) > 1:
+        raise error(several(f"The {type(pipe).__name__}", found))
+    return next(iter(found.values()), None)
 
 
 def component_of(names: Iterable[str]) -> str:

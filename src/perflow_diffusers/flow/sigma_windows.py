@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .windows import JOIN, shares
+from .windows import JOIN, in_short, shares
 
 
 def shifted(u: float, shift: float) -> float:
@@ -52,8 +52,7 @@ class SigmaWindows:
 
     def __repr__(self) -> str:
         given = [f"{b:.4g}" for b in self.boundaries]
-        some = given if len(given) <= 12 else [*given[:6], "...", *given[-3:]]
-        return f"SigmaWindows({self.num_windows}: {' > '.join(some)}, shift {self.shift:g})"
+        return f"SigmaWindows({self.num_windows}: {in_short(given)}, shift {self.shift:g})"
 
     @classmethod
     def uniform(cls, num_windows: int, shift: float = 1.0) -> SigmaWindows:

@@ -45,9 +45,7 @@ class Windows:
         object.__setattr__(self, "boundaries", tuple(int(b) for b in given))
 
     def __repr__(self) -> str:
-        given = self.boundaries
-        some = given if len(given) <= 12 else (*given[:6], "...", *given[-3:])
-        return f"Windows({self.num_windows}: {' > '.join(map(str, some))})"
+        return f"Windows({self.num_windows}: {in_short(self.boundaries)})"
 
     @classmethod
     def uniform(cls, num_windows: int, noise: int = 1000, clean: int = 0) -> Windows:
@@ -138,6 +136,12 @@ def shares(n: int, num_windows: int, join: str = JOIN) -> list[tuple[int, int, i
     sizes = [size + 1] * rest + [size] * (n - rest)
     ends = [0, *accumulate(sizes if join == "noisy" else reversed(sizes))]
     return [(first, last, 1) for first, last in pairwise(ends)]
+
+
+def in_short(boundaries: Sequence[object]) -> str:
+    """Boundaries for a repr, noisy to clean; of many the first and the last."""
+    some = boundaries if len(boundaries) <= 12 else (*boundaries[:6], "...", *boundaries[-3:])
+    return " > ".join(map(str, some))
 
 
 def _even(start: int, end: int, steps: int) -> Sequence[int]:

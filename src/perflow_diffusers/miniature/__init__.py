@@ -19,6 +19,8 @@ MINIATURE_FLOW_GUIDANCE = 5.0
 MINIATURE_CHECKPOINTS = ("avatars", "disco")
 #: and the flow-matching base, a pipeline of another class on the same autoencoder and the same pictures
 MINIATURE_FLOW = "flow"
+#: the parts of its pipeline that it does without, which diffusers wants to be told
+MINIATURE_FLOW_LEFT_OUT = ("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")
 
 
 #: words that say nothing by themselves: not learnt, and not worth a remark
@@ -54,7 +56,7 @@ def load_miniature(checkpoint: str = "avatars", dtype: torch.dtype = torch.float
         folder, home, replaced = miniature_folder(), "avatars", {}
         if checkpoint == MINIATURE_FLOW:
             home = checkpoint
-            replaced.update(dict.fromkeys(("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor")))
+            replaced.update(dict.fromkeys(MINIATURE_FLOW_LEFT_OUT))
             vae = folder / "avatars" / "vae"
             replaced["vae"] = AutoencoderKL.from_pretrained(vae, dtype=dtype, shift_factor=0.0)
         elif checkpoint != "avatars":

@@ -37,6 +37,14 @@ FOREIGN_KEYS = {
 }
 
 
+def check_is_config(config: Any) -> None:
+    """Raise ValueError for a scheduler or a pipeline in the place of its config."""
+    inner = getattr(getattr(config, "scheduler", config), "config", None)
+    if not isinstance(config, dict) and inner is not None:
+        place = "pipe.scheduler.config" if hasattr(config, "scheduler") else "scheduler.config"
+        raise ValueError(f"A {type(config).__name__} is no configuration. Pass its configuration: `{place}`.")
+
+
 def refusal(config: Mapping[str, Any], given: Collection[str] = ()) -> str | None:
     """Why the noise of a scheduler's config is not known to be discrete betas, in words; None where it is.
 

@@ -91,16 +91,14 @@ def run_over(points: Sequence[int], timesteps: Tensor, windows: Windows, path: N
     return Run(tuple(points), timesteps, _as_numbers(rows), exact, spans)
 
 
-def straight_run(sigmas: Sequence[float], timesteps: Tensor, noisy_at_one: bool = True) -> Run:
-    """The run of a flow-matching base over n + 1 falling noise levels; the network sees `timesteps`, (n,) float32.
+def straight_run(levels: Tensor, told: Tensor, timesteps: Tensor) -> Run:
+    """The run of a flow-matching base over falling noise levels sigma, (n + 1,) float32 as diffusers' Euler has them.
 
-    A step is Euler's, `z + (sigma' - sigma) out`, and the clean sample `z - sigma out`, where `out` is noise minus
-    data and sigmas are rounded to float32, as `FlowMatchEulerDiscreteScheduler` has them. `noisy_at_one=False`: the
-    network is told 1 - sigma and gives data minus noise.
+    `told`, (n + 1,) float32: what the network is told of them, sigma itself or 1 - sigma; `timesteps`, (n,) float32:
+    in its units. It gives noise minus data, or else data minus noise. A step is Euler's, `z + (told' - told) out`, and
+    the clean sample `z - sigma out`, or else `z + sigma out`.
     """
-    levels = torch.tensor(sigmas, dtype=torch.float32, device="cpu")
-    sign = 1.0 if noisy_at_one else -1.0
-    told = levels if noisy_at_one else 1.0 - levels
+    sign = 1.0 if told[0] > told[-1] else -1.0
     one = torch.ones_like(levels[1:])
     rows = torch.stack([one, told.diff(), one, -sign * levels[:-1]], dim=1).double()
     seen = timesteps.to("cpu", torch.float64)

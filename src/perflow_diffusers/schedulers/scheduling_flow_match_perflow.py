@@ -17,8 +17,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..flow import SigmaWindows
-from .base_config import flow_refusal
-from .combine import beside, combine, combine_rows, euler_step
+from ..flow.path import like
+from .base_config import check_is_config, flow_refusal
+from .combine import combine, combine_rows, euler_step
 from .run import straight_run
 from .scheduling_perflow import PeRFlowSchedulerOutput
 from .stepping import Stepping
@@ -114,6 +115,7 @@ class FlowMatchPeRFlowScheduler(Stepping, FlowMatchEulerDiscreteScheduler):  # t
         config = kwargs.pop("pretrained_model_name_or_path", config)
         if isinstance(config, str | os.PathLike):  # as diffusers still allows
             return cls.from_pretrained(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        check_is_config(config)
         if isinstance(config, dict):
             reason = flow_refusal(config)
             if reason is not None:
@@ -141,7 +143,7 @@ class FlowMatchPeRFlowScheduler(Stepping, FlowMatchEulerDiscreteScheduler):  # t
         """Choose the run: n steps over the windows, or noise levels of one's own inside them.
 
         `num_inference_steps` n >= 1; `sigmas`, (n,) falling in 0..1, in the even time that `window_shift` shifts, as
-        diffusers' scheduler takes them; `timesteps`, (n,) falling, as the network is told them (N * sigma). The even
+        diffusers' scheduler takes them; `timesteps`, (n,), as the network is told them (N * sigma, falling). The even
         grid from 1 that pipelines pass by themselves stands for n alone: the windows' own grid is taken, and `mu` has
         no effect unless `reshift` is set. Then `self.timesteps` is (n,) float32 on `device`, `self.sigmas` (n + 1,)
         with the last boundary. Raises ValueError for what is out of range, and for lengths that contradict each other.
@@ -158,19 +160,16 @@ class FlowMatchPeRFlowScheduler(Stepping, FlowMatchEulerDiscreteScheduler):  # t
         if self.config.reshift and mu is not None:
             windows = windows.reshifted(math.exp(mu) if self.config.time_shift_type == "exponential" else float(mu))
         told, even = given["timesteps"], given["sigmas"]
-        if even is None and told is not None:
-            even = [t / len(self) for t in told]
-        if even is None or _is_default(even):
+        if told is not None:
+            told = [1 - t / len(self) if self.config.invert_sigmas else t / len(self) for t in told]
+        chosen = told if even is None else even
+        if chosen is None or _is_default(chosen):
             levels = windows.grid(self._steps_of(n, windows.num_windows))
-        elif told is not None:
-            levels = windows.chosen([t / len(self) for t in told])
         else:
-            levels = windows.chosen([windows.shifted(u) for u in even])
-        inverted = bool(self.config.invert_sigmas)
-        levels32 = torch.tensor(levels, dtype=torch.float32, device="cpu")
-        seen = 1.0 - levels32 if inverted else levels32
-        run = straight_run(levels, (seen[:-1] * len(self)).to(device), noisy_at_one=not inverted)
-        self._begin(run)
+            levels = windows.chosen([windows.shifted(u) for u in chosen] if told is None else told)
+        sigmas32 = torch.tensor(levels, dtype=torch.float32, device="cpu")
+        seen = 1.0 - sigmas32 if self.config.invert_sigmas else sigmas32
+        self._begin(straight_run(sigmas32, seen, (seen[:-1] * len(self)).to(device)))
         self.sigmas = seen.to(device)
 
     def step(  # type: ignore[override]
@@ -191,7 +190,7 @@ class FlowMatchPeRFlowScheduler(Stepping, FlowMatchEulerDiscreteScheduler):  # t
         `model_output`, `sample`: (B, ...), any rank, computed in float32 or better and returned in the dtype of
         `model_output`, as diffusers' Euler scheduler does; equal to it to the last bit in float32 on the same grid.
         `timestep`: an element of `timesteps` or its value, or one per sample (B,). `per_token_timesteps`, (B, L): each
-        token moves from its own level to the next lower one of the run, as LTX-Video has it. `s_churn`, `s_tmin`,
+        token moves from its own level to the next lower one of the run. `s_churn`, `s_tmin`,
         `s_tmax`, `s_noise` and `generator` are part of the API and have no use: the sampler is deterministic. With
         `return_dict=False` the result is `(prev_sample,)`. Raises ValueError as `PeRFlowScheduler.step` does, and for
         integer tensors, which are places rather than timesteps.
@@ -216,9 +215,8 @@ class FlowMatchPeRFlowScheduler(Stepping, FlowMatchEulerDiscreteScheduler):  # t
         return PeRFlowSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample,)
 
     def _rows(self, table: Tensor, given: Tensor) -> Tensor:
-        same = given.to(table.device, table.dtype)[:, None] == table[None, :, 0]  # NaN, the last row's, equals nothing
-        index = torch.where(same.any(1), same.int().argmax(1), len(table) - 1)
-        return table[index, 1:]
+        known, index = _places(given.to(table.device, table.dtype), table[:, 0])  # NaN, the last row's, equals nothing
+        return table[torch.where(known, index, len(table) - 1), 1:]
 
     def _to_next_level(self, per_token: Tensor) -> Tensor:
         """How far each token (B, L) is from the next lower level of the run, (B, L, 1)."""
@@ -239,12 +237,12 @@ class FlowMatchPeRFlowScheduler(Stepping, FlowMatchEulerDiscreteScheduler):  # t
             raise ValueError("`noise=None`; expected a tensor like `sample`.")
         given = torch.as_tensor(timestep, device=sample.device).reshape(-1).float()
         seen, levels = (table.to(given.device) for table in (self.timesteps, self.sigmas))
-        same = given[:, None] == seen[None]
+        known, index = _places(given, seen)
         # A step's own level, not rounded twice on the way through its timestep.
-        sigma = torch.where(same.any(1), levels[same.int().argmax(1)], given / len(self))
+        sigma = torch.where(known, levels[index], given / len(self))
         if self.config.invert_sigmas:
             sigma = 1 - sigma
-        sigma = beside(sigma.to(sample.dtype), sample).to(sample.dtype)
+        sigma = like(sigma, sample)
         return sigma * noise + (1.0 - sigma) * sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: float | Tensor) -> Tensor:
@@ -253,6 +251,12 @@ class FlowMatchPeRFlowScheduler(Stepping, FlowMatchEulerDiscreteScheduler):  # t
         `original_samples`, `noise`: (B, ...); `timesteps`: () or (B,), N * sigma.
         """
         return self.scale_noise(original_samples, timesteps, noise)
+
+
+def _places(times: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of `times` (B,) are `among` (n,) to the last bit, and where; nothing waits for a device."""
+    same = times[:, None] == among[None]
+    return same.any(1), same.int().argmax(1)
 
 
 def _windows(

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..flow import PREDICTION_TYPES, base_of, marginal
 from ..flow.chord import check_prediction_type
 from .arguments import explicit_points, split_types, windows_of
-from .base_config import NETWORK_FACTS, refusal, with_defaults
+from .base_config import NETWORK_FACTS, check_is_config, refusal, with_defaults
 from .combine import beside, combine, combine_rows
 from .run import run_over
 from .stepping import Stepping
@@ -126,10 +126,7 @@ class PeRFlowScheduler(Stepping, SchedulerMixin, ConfigMixin):  # type: ignore[m
         config = kwargs.pop("pretrained_model_name_or_path", config)
         if isinstance(config, str | os.PathLike):  # as diffusers still allows
             return cls.from_pretrained(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
-        inner = getattr(getattr(config, "scheduler", config), "config", None)
-        if not isinstance(config, dict) and inner is not None:
-            place = "pipe.scheduler.config" if hasattr(config, "scheduler") else "scheduler.config"
-            raise ValueError(f"A {type(config).__name__} is no configuration. Pass its configuration: `{place}`.")
+        check_is_config(config)
         if not isinstance(config, dict):
             return super().from_config(config, return_unused_kwargs, **kwargs)
         reason = refusal(config, kwargs)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.errors import MergeError, WeightSourceError
-from perflow_diffusers.families import network_in, networks_in, several
+from perflow_diffusers.families import network_in, sole_network
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.words.arguments import in_words
 
@@ -31,13 +31,9 @@ def find_network(pipe_or_network: Any) -> torch.nn.Module:
 
     Raises `MergeError` if there is none, and if there are several.
     """
-    if not isinstance(pipe_or_network, torch.nn.Module):
-        found = networks_in(pipe_or_network)
-        if len(found) > 1:
-            raise MergeError(several(f"The {type(pipe_or_network).__name__}", found))
-        if found:
-            return find_unet(next(iter(found.values())))
-    return find_unet(pipe_or_network)
+    if isinstance(pipe_or_network, torch.nn.Module):
+        return unwrapped(pipe_or_network)
+    return find_unet(sole_network(pipe_or_network, MergeError) or pipe_or_network)
 
 
 def _no_unet(given: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import torch
 
 from perflow_diffusers.errors import WeightSourceError
-from perflow_diffusers.families import ANY_COMPONENTS, networks_in, several
+from perflow_diffusers.families import ANY_COMPONENTS, sole_network
 from perflow_diffusers.io.names import HubOptions, Where
 from perflow_diffusers.io.tensors import open_tensors
 from perflow_diffusers.weights.read import keys
@@ -162,10 +162,7 @@ def _opened(anything: Any, where: HubOptions) -> WeightSource:
         return _from_files(locate(anything, options))
     if isinstance(anything, Mapping):
         return _from_tensors(anything, "a state dict")
-    found = {} if isinstance(anything, torch.nn.Module) else networks_in(anything)
-    if len(found) > 1:
-        raise WeightSourceError(several(f"The {type(anything).__name__}", found))
-    module = next(iter(found.values()), anything)
+    module = anything if isinstance(anything, torch.nn.Module) else sole_network(anything, WeightSourceError)
     if isinstance(module, torch.nn.Module):
         return _from_module(module)
     files = getattr(anything, "files", None)
