@@ -1,17 +1,12 @@
-"""Flow-matching pipelines of diffusers around tiny random transformers, each with the arguments of a short call.
-
-Prompts are embeddings, and results latents where nothing has to be encoded: their encoders are left out.
-"""
+"""Flow-matching pipelines of diffusers around tiny random transformers, each with the arguments of a short call."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import diffusers
-import torch
+import flow_flux as fx
+import flow_more as more
 from diffusers import (
-    AutoencoderKL,
-    FluxTransformer2DModel,
+    AutoencoderKLQwenImage,
     LTXVideoTransformer3DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
@@ -20,63 +15,19 @@ from diffusers import (
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
-from PIL import Image
-
-TEXT = 16
-_ATTENTION_MASKS = ("prompt_attention_mask", "negative_prompt_attention_mask")
-
-
-@dataclass(frozen=True)
-class Built:
-    """A pipeline, the arguments of its call but for the steps, and how its network is told the level sigma."""
-
-    pipe: Any
-    arguments: dict[str, Any]
-    told: Callable[[torch.Tensor], torch.Tensor] = lambda sigma: 1000 * sigma
-    calls_a_step: int = 1
-
-
-def embeds(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def texts(masks=None):
-    """A prompt and a negative one, (1, 5, TEXT) each; `masks` names the pipeline's arguments for all-ones masks."""
-    given = {"prompt_embeds": embeds(1, 5, TEXT), "negative_prompt_embeds": embeds(1, 5, TEXT, seed=1)}
-    return given | dict.fromkeys(masks or (), torch.ones(1, 5, dtype=torch.int64))
-
-
-def picture(seed=0):
-    pixels = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
-def random(kind, **config):
-    torch.manual_seed(0)
-    return kind(**config).eval().requires_grad_(False)
-
-
-def pipeline(name, scheduler, transformer, vae=None, **others):
-    """A pipeline of diffusers whose other components are left out."""
-    pipe = getattr(diffusers, name)(
-        scheduler=scheduler, transformer=transformer, vae=vae, text_encoder=None, tokenizer=None, **others
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def tiny_vae(channels=4):
-    return random(
-        AutoencoderKL,
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=channels,
-        norm_num_groups=4,
-        sample_size=32,
-        shift_factor=0.1,
-    )
-
+from flow_parts import (
+    ATTENTION_MASKS,
+    TEXT,
+    Built,
+    embeds,
+    left_half,
+    picture,
+    pipeline,
+    random,
+    texts,
+    tiny_vae,
+    tiny_video_vae,
+)
 
 _SD3 = {
     "sample_size": 16,
@@ -108,44 +59,23 @@ def sd3_image_to_image(scheduler):
 
 
 def sd3_inpainting(scheduler):
-    mask = Image.new("L", (32, 32))
-    mask.paste(255, (0, 0, 16, 32))
-    return sd3("StableDiffusion3InpaintPipeline", scheduler, image=picture(), mask_image=mask, strength=0.7)
+    given = {"image": picture(), "mask_image": left_half(), "strength": 0.7}
+    return sd3("StableDiffusion3InpaintPipeline", scheduler, **given)
+
+
+def sd3_pag(scheduler):
+    return sd3("StableDiffusion3PAGPipeline", scheduler)
+
+
+def sd3_pag_image_to_image(scheduler):
+    return sd3("StableDiffusion3PAGImg2ImgPipeline", scheduler, image=picture(), strength=0.7)
 
 
 def sd3_controlnet(scheduler):
     return sd3("StableDiffusion3ControlNetPipeline", scheduler, control_image=picture())
 
 
-def flux(scheduler, name="FluxPipeline", **arguments):
-    transformer = random(
-        FluxTransformer2DModel,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT,
-        pooled_projection_dim=TEXT,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-    )
-    none = {"text_encoder_2": None, "tokenizer_2": None}
-    pipe = pipeline(name, scheduler, transformer, tiny_vae() if arguments else None, **none)
-    given = {"prompt_embeds": embeds(1, 5, TEXT), "pooled_prompt_embeds": embeds(1, TEXT)}
-    size = 32 if arguments else 64
-    return Built(
-        pipe,
-        {**given, "guidance_scale": 3.5, "height": size, "width": size, "output_type": "latent", **arguments},
-        told=lambda sigma: sigma,
-    )
-
-
-def flux_image_to_image(scheduler):
-    return flux(scheduler, "FluxImg2ImgPipeline", image=picture(), strength=0.7)
-
-
-def qwen_image(scheduler):
+def qwen_image(scheduler, name="QwenImagePipeline", vae=None, **arguments):
     transformer = random(
         QwenImageTransformer2DModel,
         in_channels=16,
@@ -162,12 +92,21 @@ def qwen_image(scheduler):
         "height": 64,
         "width": 64,
         "output_type": "latent",
+        **arguments,
     }
-    pipe = pipeline("QwenImagePipeline", scheduler, transformer)
+    pipe = pipeline(name, scheduler, transformer, vae)
     return Built(pipe, arguments, told=lambda sigma: sigma, calls_a_step=2)
 
 
-def z_image(scheduler):
+def qwen_kin(name):
+    """Another pipeline of Qwen-Image, with a picture."""
+    strength = {} if "Edit" in name and "Inpaint" not in name else {"strength": 0.7}
+    mask = {"mask_image": left_half()} if "Inpaint" in name else {}
+    vae = tiny_video_vae(AutoencoderKLQwenImage)
+    return lambda scheduler: qwen_image(scheduler, name, vae, image=picture(), **strength, **mask)
+
+
+def z_image(scheduler, name="ZImagePipeline", vae=None, **arguments):
     transformer = random(
         ZImageTransformer2DModel,
         in_channels=4,
@@ -187,11 +126,21 @@ def z_image(scheduler):
         "height": 64,
         "width": 64,
         "output_type": "latent",
+        **arguments,
     }
-    return Built(pipeline("ZImagePipeline", scheduler, transformer), arguments, told=lambda sigma: 1 - sigma)
+    return Built(pipeline(name, scheduler, transformer, vae), arguments, told=lambda sigma: 1 - sigma)
 
 
-def sana(scheduler):
+def z_image_image_to_image(scheduler):
+    return z_image(scheduler, "ZImageImg2ImgPipeline", tiny_vae(), image=picture().resize((64, 64)), strength=0.7)
+
+
+def z_image_inpainting(scheduler):
+    given = {"image": picture().resize((64, 64)), "mask_image": left_half(), "strength": 0.7}
+    return z_image(scheduler, "ZImageInpaintPipeline", tiny_vae(), **given)
+
+
+def sana(scheduler, name="SanaPipeline"):
     transformer = random(
         SanaTransformer2DModel,
         in_channels=4,
@@ -206,7 +155,7 @@ def sana(scheduler):
         sample_size=8,
     )
     arguments = {
-        **texts(_ATTENTION_MASKS),
+        **texts(ATTENTION_MASKS),
         "negative_prompt": None,
         "guidance_scale": 3.0,
         "height": 256,
@@ -214,15 +163,15 @@ def sana(scheduler):
         "use_resolution_binning": False,
         "output_type": "latent",
     }
-    return Built(pipeline("SanaPipeline", scheduler, transformer), arguments)
+    return Built(pipeline(name, scheduler, transformer), arguments)
 
 
-def wan(scheduler):
+def wan(scheduler, name="WanPipeline", vae=None, channels=4, **arguments):
     transformer = random(
         WanTransformer3DModel,
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         text_dim=TEXT,
         freq_dim=16,
@@ -235,10 +184,20 @@ def wan(scheduler):
         "guidance_scale": 3.0,
         "height": 32,
         "width": 32,
-        "num_frames": 5,
         "output_type": "latent",
+        **(arguments or {"num_frames": 5}),
     }
-    return Built(pipeline("WanPipeline", scheduler, transformer), arguments, calls_a_step=2)
+    return Built(pipeline(name, scheduler, transformer, vae), arguments, calls_a_step=2)
+
+
+def wan_image_to_video(scheduler):
+    given = {"image": picture(), "num_frames": 5}
+    return wan(scheduler, "WanImageToVideoPipeline", tiny_video_vae(), channels=12, **given)
+
+
+def wan_video_to_video(scheduler):
+    video = [picture(i) for i in range(5)]
+    return wan(scheduler, "WanVideoToVideoPipeline", tiny_video_vae(), video=video, strength=0.5)
 
 
 def ltx(scheduler):
@@ -253,7 +212,7 @@ def ltx(scheduler):
         caption_channels=TEXT,
     )
     arguments = {
-        **texts(_ATTENTION_MASKS),
+        **texts(ATTENTION_MASKS),
         "guidance_scale": 3.0,
         "height": 64,
         "width": 64,
@@ -269,11 +228,41 @@ FLOW: dict[str, Callable[[Any], Built]] = {
     "sd3-img2img": sd3_image_to_image,
     "sd3-inpaint": sd3_inpainting,
     "sd3-controlnet": sd3_controlnet,
-    "flux-text-to-image": flux,
-    "flux-img2img": flux_image_to_image,
+    "flux-text-to-image": fx.flux,
+    "flux-img2img": fx.flux_image_to_image,
     "qwen-image": qwen_image,
     "z-image": z_image,
     "sana": sana,
     "wan-text-to-video": wan,
     "ltx-text-to-video": ltx,
+    "flux2-klein": fx.flux2,
+    "flux2-klein-edit": fx.flux2_klein_edit,
+    "flux2-klein-inpaint": fx.flux2_klein_inpainting,
+    "flux2-dev": fx.flux2_dev,
+    "flux-kontext": fx.flux_kontext,
+    "flux-kontext-inpaint": fx.flux_kontext_inpainting,
+    "flux-fill": fx.flux_fill,
+    "flux-inpaint": fx.flux_inpainting,
+    "flux-control": fx.flux_control,
+    "flux-control-img2img": fx.flux_control_image_to_image,
+    "qwen-image-edit": qwen_kin("QwenImageEditPipeline"),
+    "qwen-image-img2img": qwen_kin("QwenImageImg2ImgPipeline"),
+    "qwen-image-inpaint": qwen_kin("QwenImageInpaintPipeline"),
+    "wan-image-to-video": wan_image_to_video,
+    "wan-video-to-video": wan_video_to_video,
+    "sd3-pag": sd3_pag,
+    "sd3-pag-img2img": sd3_pag_image_to_image,
+    "sana-pag": lambda scheduler: sana(scheduler, "SanaPAGPipeline"),
+    "z-image-img2img": z_image_image_to_image,
+    "z-image-inpaint": z_image_inpainting,
+    "chroma": fx.chroma,
+    "chroma-img2img": fx.chroma_image_to_image,
+    "ovis-image": fx.ovis_image,
+    "aura-flow": more.aura_flow,
+    "lumina2": more.lumina2,
+    "cogview4": more.cogview4,
+    "prx": more.prx,
+    "hidream": more.hidream,
+    "hunyuan-video": more.hunyuan_video,
+    "skyreels-v2": more.skyreels,
 }

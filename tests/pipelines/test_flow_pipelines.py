@@ -1,7 +1,10 @@
 """Flow-matching pipelines of diffusers, called: the network sees the windows' grid, the steps are diffusers' own."""
 
 import dataclasses
+import re
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -16,7 +19,11 @@ DYNAMIC = (
     "qwen-image",
     "ltx-text-to-video",
 )  # their bases shift time with the resolution
+# Of diffusers itself, when some transformers are built and some pipelines imported.
+pytestmark = pytest.mark.filterwarnings("ignore:`(FluxPosEmbed|LoraLoaderMixin)` is deprecated:FutureWarning")
 STEPS = 6
+PAGE = (Path(__file__).parents[2] / "docs" / "flow_pipelines.md").read_text()
+FLOW_WORDS = re.compile(r"FlowM\w+Scheduler|use_flow_sigmas|flow_shift")
 
 
 class OnGrid(FlowMatchEulerDiscreteScheduler):
@@ -46,8 +53,9 @@ def call(built, **more):
     told = []
 
     def note(_, args, kwargs):
-        time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-        told.append(float(time.reshape(-1)[0]))
+        named = kwargs.get("timestep", kwargs.get("timesteps"))
+        time = args[1] if named is None else named
+        told.append(float(time.max()))
 
     hook = built.pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
     options = {"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(3), **more}
@@ -95,7 +103,24 @@ def test_a_saved_pipeline_comes_back_with_its_scheduler(tmp_path):
     assert torch.equal(call(dataclasses.replace(built, pipe=loaded))[0], wanted)
 
 
+def flow_classes():
+    """The pipelines of the installed diffusers whose module names a flow-matching scheduler or its options."""
+    files = (Path(diffusers.__file__).parent / "pipelines").rglob("*.py")
+    texts = [text for text in (file.read_text() for file in files) if FLOW_WORDS.search(text)]
+    return {
+        name for text in texts for name in re.findall(r"^class (\w+)\((?:[^)]*\W)?DiffusionPipeline\b", text, re.M)
+    }
+
+
 def test_every_pipeline_is_a_row_of_the_docs_and_every_row_a_pipeline():
-    table = rows("Flow-matching pipelines that were called")
     built = {name: type(build(scheduler_for(name)).pipe).__name__ for name, build in FLOW.items()}
-    assert [row[:2] for row in table] == [[f"`{name}`", f"`{kind}`"] for name, kind in built.items()]
+    assert [row[:2] for row in rows("Called", PAGE)] == [[f"`{name}`", f"`{kind}`"] for name, kind in built.items()]
+
+
+def test_every_flow_matching_pipeline_of_diffusers_is_called_or_has_its_reason_once():
+    called = {row[1].strip("`") for row in rows("Called", PAGE)}
+    others = [row[0].strip("`") for row in rows("Not called", PAGE)]
+    found = flow_classes()
+    assert len(found) > 100
+    assert sorted(others) == sorted(found - called)
+    assert all(row[1] for row in rows("Not called", PAGE))

@@ -11,9 +11,9 @@ from test_refused_pipelines import REFUSED
 TEXT = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
 
 
-def rows(heading):
+def rows(heading, page=TEXT):
     """The cells of the rows of all tables under a heading, without the heads."""
-    section = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
