@@ -46,7 +46,9 @@ _SD3 = {
 def sd3(name="StableDiffusion3Pipeline", scheduler=None, **arguments):
     none = {"text_encoder_2": None, "tokenizer_2": None, "text_encoder_3": None, "tokenizer_3": None}
     if "ControlNet" in name:
-        none["controlnet"] = random(SD3ControlNetModel, **_SD3, pos_embed_type="sincos")
+        masks = int("Inpaint" in name)
+        config = {**_SD3, "in_channels": 16 if masks else 4, "extra_conditioning_channels": masks}
+        none["controlnet"] = random(SD3ControlNetModel, **config, pos_embed_type="sincos")
     channels = 16 if "Inpaint" in name else 4  # which pipeline takes no other number
     transformer = random(SD3Transformer2DModel, **{**_SD3, "in_channels": channels, "out_channels": channels})
     pipe = pipeline(name, scheduler, transformer, tiny_vae(channels), **none)
@@ -73,6 +75,11 @@ def sd3_pag_image_to_image(scheduler):
 
 def sd3_controlnet(scheduler):
     return sd3("StableDiffusion3ControlNetPipeline", scheduler, control_image=picture())
+
+
+def sd3_controlnet_inpainting(scheduler):
+    given = {"control_image": picture(), "control_mask": left_half()}
+    return sd3("StableDiffusion3ControlNetInpaintingPipeline", scheduler, **given)
 
 
 def qwen_image(scheduler, name="QwenImagePipeline", vae=None, **arguments):
@@ -265,4 +272,7 @@ FLOW: dict[str, Callable[[Any], Built]] = {
     "hidream": more.hidream,
     "hunyuan-video": more.hunyuan_video,
     "skyreels-v2": more.skyreels,
+    "flux2-klein-kv": fx.flux2_klein_cached,
+    "lumina": more.lumina,
+    "sd3-controlnet-inpaint": sd3_controlnet_inpainting,
 }

@@ -116,6 +116,10 @@ def flux2_klein_inpainting(scheduler):
     return flux2(scheduler, "Flux2KleinInpaintPipeline", **given)
 
 
+def flux2_klein_cached(scheduler):
+    return flux2(scheduler, "Flux2KleinKVPipeline", image=picture().resize((64, 64)))
+
+
 def chroma(scheduler, name="ChromaPipeline", **arguments):
     transformer = random(
         ChromaTransformer2DModel,

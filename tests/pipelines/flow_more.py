@@ -6,6 +6,7 @@ from diffusers import (
     HiDreamImageTransformer2DModel,
     HunyuanVideoTransformer3DModel,
     Lumina2Transformer2DModel,
+    LuminaNextDiT2DModel,
     PRXTransformer2DModel,
     SkyReelsV2Transformer3DModel,
 )
@@ -48,6 +49,22 @@ def lumina2(scheduler):
     )
     pipe = pipeline("Lumina2Pipeline", scheduler, transformer, tiny_vae())
     return Built(pipe, {**texts(ATTENTION_MASKS), **_CALL}, told=lambda sigma: 1 - sigma, calls_a_step=2)
+
+
+def lumina(scheduler):
+    transformer = random(
+        LuminaNextDiT2DModel,
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=TEXT,
+    )
+    pipe = pipeline("LuminaPipeline", scheduler, transformer, tiny_vae())
+    return Built(pipe, {**texts(ATTENTION_MASKS), **_CALL, "negative_prompt": None}, told=lambda sigma: 1 - sigma)
 
 
 def cogview4(scheduler):
