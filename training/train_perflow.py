@@ -19,8 +19,9 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 
+from perflow_diffusers.families import sole_network
 from perflow_training.config import ConfigError, TrainingConfig, load_config, reference, trackers
 from perflow_training.data import DataError
 from perflow_training.diagnostics import TrainingStopped
@@ -30,15 +31,19 @@ from perflow_training.loader import CachedLoader, EncodingLoader, Loader
 from perflow_training.log import append_log
 from perflow_training.objective import windows_of
 from perflow_training.processes import by_main, check_number, claimed
+from perflow_training.recipe import call_arguments, completed, windowed
 from perflow_training.rng import Draws
 from perflow_training.run_folder import already_finished, choose_start, find_checkpoint, mark_finished, step_of, tidy
+from perflow_training.solves import PipelineSolves, Solves
 from perflow_training.stopping import Stopped, Stopping
 from perflow_training.student import DTYPES
 from perflow_training.teacher.backbone import teacher_of
 from perflow_training.teacher.encode import Pipeline, latent_size
 from perflow_training.teacher.load import folder_of, load_pipeline
+from perflow_training.teacher.observed import is_flow, watch
+from perflow_training.teacher.runs import Runs
 from perflow_training.trainer import Trainer
-from perflow_training.validation import Validation
+from perflow_training.validation import ObservedValidation, Validation
 
 logger = logging.getLogger("perflow_training.run")
 EXPORT = Path(__file__).with_name("export_perflow.py")
@@ -127,7 +132,7 @@ def _run(config: TrainingConfig, accelerator: Accelerator, stopping: Stopping) -
             logger.warning("The last lines of `report_to` could not be written (%s).", error)
     del loader  # with its encoders
     if accelerator.is_main_process:
-        _export(config, trainer, weights, stopping)
+        _export(trainer.config, trainer, weights, stopping)
 
 
 def _export(config: TrainingConfig, trainer: Trainer, weights: Mapping[str, Tensor], stopping: Stopping) -> None:
@@ -172,7 +177,7 @@ def _kept(trainer: Trainer, saved: Path | None) -> str:
 
 def _trainer(
     config: TrainingConfig, accelerator: Accelerator, draws: Draws, stopping: Stopping
-) -> tuple[Trainer, Loader]:
+) -> tuple[Trainer, Loader | Solves]:
     """The trainer with its material; from a cache, neither VAE nor text encoders are loaded."""
     cached = bool(config.train_cache_dir)
     if cached and config.validation_steps:
@@ -181,17 +186,16 @@ def _trainer(
             "validation_steps=0, or train without the cache."
         )
     pipe: Pipeline = load_pipeline(config, encoders=not cached)
+    config = completed(config, pipe)
+    if is_flow(pipe):
+        return _watched(config, pipe, accelerator, draws, stopping)
     teacher = teacher_of(pipe, config.rescale_betas_zero_snr)
     if cached:
         network: Any = teacher.network
         shape = (network.config.in_channels, *latent_size(network.config))
         loader: Loader = CachedLoader(shape, config, draws, accelerator.device)
     else:
-        dtype = DTYPES[accelerator.mixed_precision]
-        for name, part in pipe.components.items():
-            if name.startswith("text_encoder") and part is not None:
-                part.to(accelerator.device, dtype).eval().requires_grad_(False)
-        pipe.vae.to(accelerator.device).eval().requires_grad_(False)
+        _place(pipe, accelerator, teacher.network)
         loader = EncodingLoader(pipe, config, draws, accelerator.device)
     validate = None
     if config.validation_steps:
@@ -199,6 +203,36 @@ def _trainer(
         validate = Validation(pipe, config, windows, accelerator, stopping)
     trainer = Trainer(config, teacher, loader, accelerator, draws, validate, stopping, folder_of(pipe))
     return trainer, loader
+
+
+def _watched(
+    config: TrainingConfig, pipe: Pipeline, accelerator: Accelerator, draws: Draws, stopping: Stopping
+) -> tuple[Trainer, Solves]:
+    """The trainer of a base that is learnt by watching its pipeline, whose own runs it is trained on."""
+    network = sole_network(pipe, ConfigError)
+    _place(pipe, accelerator, network)
+    network.to(accelerator.device, DTYPES[accelerator.mixed_precision]).eval()
+    observed = watch(pipe, call_arguments(config, Runs(pipe).takes), scale=config.mean_guidance)
+    config, windows = windowed(config, observed)
+    logger.info(
+        "Watched %s: %s, replayed with a difference of %.2g.", type(pipe).__name__, observed.call, observed.residual
+    )
+    logger.info("%r, solved by %d steps of the pipeline each.", windows, config.solver_steps)
+    solves = PipelineSolves(observed, config, windows, draws, accelerator.device)
+    validate = None
+    if config.validation_steps:
+        validate = ObservedValidation(observed, config, windows, accelerator, stopping)
+    teacher = observed.backbone()
+    trainer = Trainer(config, teacher, solves, accelerator, draws, validate, stopping, folder_of(pipe))
+    return trainer, solves
+
+
+def _place(pipe: Pipeline, accelerator: Accelerator, network: Any) -> None:
+    """Everything beside the network in its place, frozen: text encoders as coarse as the teacher, VAE in float32."""
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and part is not network:
+            dtype = DTYPES[accelerator.mixed_precision] if name.startswith("text_encoder") else None
+            part.to(accelerator.device, dtype).eval().requires_grad_(False)
 
 
 if __name__ == "__main__":

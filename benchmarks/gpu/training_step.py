@@ -33,6 +33,7 @@ from perflow_training.objective import Loss, Solver, solve_trajectories, student
 from perflow_training.student import build_student, make_optimizer
 from perflow_training.teacher.backbone import Backbone
 from perflow_training.teacher.conditions import Conditions
+from perflow_training.teacher.encode import encoded_rows
 
 #: the networks' published configurations, and the latents' side
 MODELS = {
@@ -93,10 +94,10 @@ def network_of(model: str, tiny: bool) -> tuple[UNet2DConditionModel, int]:
 def conditions_of(network: UNet2DConditionModel, count: int, device: torch.device, dtype: torch.dtype) -> Conditions:
     embeds = torch.randn(count, 77, network.config.cross_attention_dim, device=device, dtype=dtype)
     if network.config.get("addition_embed_type") != "text_time":
-        return Conditions(embeds)
+        return encoded_rows(embeds)
     width = network.config.projection_class_embeddings_input_dim - 6 * network.config.addition_time_embed_dim
     pooled = torch.randn(count, width, device=device, dtype=dtype)
-    return Conditions(embeds, pooled, torch.full((count, 6), 1024.0, device=device))
+    return encoded_rows(embeds, pooled, torch.full((count, 6), 1024.0, device=device))
 
 
 def timed(work: Callable[[], object], repeats: int, device: torch.device) -> float:

@@ -44,7 +44,7 @@ def test_guided_teacher_sees_what_the_stable_diffusion_pipeline_shows_its_networ
     seen = told(pipe, guidance_scale=3.0)
     teacher, cond, uncond = teacher_of(pipe), encode_prompts(pipe, PROMPTS), encode_empty(pipe)
     both = Conditions.cat([cond.without_prompt(uncond), cond])
-    torch.testing.assert_close(both.embeds, seen["encoder_hidden_states"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(both.rows["encoder_hidden_states"], seen["encoder_hidden_states"], rtol=0, atol=1e-6)
     index = torch.full((2,), int(seen["timestep"]) + 1)
     with torch.no_grad():
         guided = teacher.guided(uncond, cond, 3.0)(seen["z"][:2], index)
@@ -63,10 +63,12 @@ def test_guided_teacher_sees_what_the_sdxl_pipeline_shows_its_network(tiny_sdxl,
     seen = told(pipe, guidance_scale=3.0, original_size=original, crops_coords_top_left=corner, target_size=target)
     cond, uncond = encode_prompts(pipe, PROMPTS, [sizes] * 2), encode_empty(pipe)
     both = Conditions.cat([cond.without_prompt(uncond), cond])
-    torch.testing.assert_close(both.embeds, seen["encoder_hidden_states"], rtol=0, atol=1e-6)
-    torch.testing.assert_close(both.pooled, seen["added_cond_kwargs"]["text_embeds"], rtol=0, atol=1e-6)
-    assert torch.equal(both.time_ids, seen["added_cond_kwargs"]["time_ids"])
-    assert bool((uncond.embeds == 0).all()) == zeros
+    torch.testing.assert_close(both.rows["encoder_hidden_states"], seen["encoder_hidden_states"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        both.rows["added_cond_kwargs.text_embeds"], seen["added_cond_kwargs"]["text_embeds"], rtol=0, atol=1e-6
+    )
+    assert torch.equal(both.rows["added_cond_kwargs.time_ids"], seen["added_cond_kwargs"]["time_ids"])
+    assert bool((uncond.rows["encoder_hidden_states"] == 0).all()) == zeros
     index = torch.full((4,), int(seen["timestep"]) + 1)
     with torch.no_grad():
         out = teacher_of(pipe)(seen["z"], index, both)
@@ -87,10 +89,18 @@ def test_rows_of_conditions_can_be_picked_joined_and_dropped(tiny_sdxl):
     sizes = [((32, 32), (0, 0), (16, 16)), ((64, 32), (0, 4), (16, 16))]
     cond, uncond = encode_prompts(pipe, PROMPTS, sizes), encode_empty(pipe)
     dropped = cond.drop(torch.tensor([False, True]), uncond)
-    assert torch.equal(dropped.embeds, torch.cat([cond.embeds[:1], uncond.embeds]))
-    assert torch.equal(dropped.pooled, torch.cat([cond.pooled[:1], uncond.pooled]))
-    assert torch.equal(dropped.time_ids, cond.time_ids)  # the picture keeps its size
-    assert cond.time_ids[1].tolist() == [64, 32, 0, 4, 16, 16]
+    assert torch.equal(
+        dropped.rows["encoder_hidden_states"],
+        torch.cat([cond.rows["encoder_hidden_states"][:1], uncond.rows["encoder_hidden_states"]]),
+    )
+    assert torch.equal(
+        dropped.rows["added_cond_kwargs.text_embeds"],
+        torch.cat([cond.rows["added_cond_kwargs.text_embeds"][:1], uncond.rows["added_cond_kwargs.text_embeds"]]),
+    )
+    assert torch.equal(
+        dropped.rows["added_cond_kwargs.time_ids"], cond.rows["added_cond_kwargs.time_ids"]
+    )  # the picture keeps its size
+    assert cond.rows["added_cond_kwargs.time_ids"][1].tolist() == [64, 32, 0, 4, 16, 16]
     again = Conditions.cat([cond[1:], cond[torch.tensor([0])]])[torch.tensor([1, 0])]
     assert all(torch.equal(part, cond.tensors()[name]) for name, part in again.tensors().items())
 

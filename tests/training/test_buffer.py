@@ -18,7 +18,7 @@ def solves(trajectories, first=0, windows=4, size=1):
         row = torch.arange(first, first + trajectories).repeat(windows)
         z = (1000.0 * number + row).reshape(-1, 1, 1, 1).expand(-1, 1, size, size).clone()
         start = torch.arange(windows).repeat_interleave(trajectories)
-        return SolvedWindows(z, z + 0.5, start, start + 1, Conditions(z[:, 0]))
+        return SolvedWindows(z, z + 0.5, start, start + 1, Conditions({"embeds": z[:, 0]}))
 
     return solve
 
@@ -84,13 +84,13 @@ def test_state_restores_the_draws_to_come():
     for step in range(7):
         first.batch(8, step)
     tensors, counts = first.state()
-    assert tensors["0.cond.embeds"].shape[0] == 4  # not once a window
+    assert tensors["0.cond.0"].shape[0] == 4  # not once a window
     second = WindowBuffer(solves(4), size=48, reuse=2, draws=Draws(1), trajectories=4)
     second.load_state(tensors, counts, "cpu")
     for step in range(7, 20):
         a, b = first.batch(8, step), second.batch(8, step)
         assert numbers(a) == numbers(b)
-        assert torch.equal(a.cond.embeds, b.cond.embeds)
+        assert torch.equal(a.cond.rows["embeds"], b.cond.rows["embeds"])
         assert torch.equal(a.z_end, b.z_end)
 
 
@@ -99,7 +99,8 @@ def solved_by(number, trajectories=4, windows=3):
     random = torch.Generator().manual_seed(number)
     z_start, z_end = torch.randn(2, trajectories * windows, 2, 8, 8, generator=random)
     start = torch.arange(windows, 0, -1).repeat_interleave(trajectories)
-    cond = Conditions(*(torch.randn(trajectories, *shape, generator=random) for shape in ((7, 5), (3,), (6,))))
+    shapes = {"embeds": (7, 5), "pooled": (3,), "sizes": (6,)}
+    cond = Conditions({name: torch.randn(trajectories, *of, generator=random) for name, of in shapes.items()})
     return SolvedWindows(z_start, z_end, start, start - 1, cond)
 
 
@@ -148,8 +149,8 @@ def test_pictures_and_trajectories_share_a_shelf():
     buffer = WindowBuffer(solve, size=40, reuse=1, draws=Draws(4), trajectories=4)
     for step in range(10):
         batch = buffer.batch(8, step)
-        for z, embeds in zip(batch.z_start, batch.cond.embeds, strict=True):
+        for z, embeds in zip(batch.z_start, batch.cond.rows["embeds"], strict=True):
             origin = [(n, i) for n in range(buffer.number) for i, other in enumerate(solved_by(n).z_start)
                       if torch.equal(other, z)]  # fmt: skip
             ((number, row),) = origin
-            assert torch.equal(embeds, solved_by(number).cond.embeds[row % 4])
+            assert torch.equal(embeds, solved_by(number).cond.rows["embeds"][row % 4])

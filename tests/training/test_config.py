@@ -63,7 +63,7 @@ def test_overrides_win_over_the_file_and_keep_their_types():
         ("validation_samplings=[[4]]", "pairs of steps and guidance"),
         ("lora_rank=-1", "must not be negative"),
         ("torch_compile=1", "must be of type bool"),
-        ("window_boundaries=[1000, half, 0]", "must be of type int"),
+        ("window_boundaries=[1000, half, 0]", "is not a number"),
         ("window_boundaries=[1000, 500, 700, 0]", "`window_boundaries`: "),
         ("window_boundaries=[1000, 500, 100]", "must end at 0"),
         ("window_boundaries=[]", "`window_boundaries`: "),

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from run_log import logged
 from safetensors.torch import load_file
@@ -81,14 +81,6 @@ def test_v_prediction_at_zero_terminal_snr(run, other_teacher):
     )  # fmt: skip
     out = run(f"pretrained_model_name_or_path={folder}", "prediction_type=velocity", "max_train_steps=2")
     assert all(np.isfinite(list(filter(None, line["loss"]))).all() for line in logged(out))
-
-
-def test_a_flow_matching_teacher_is_refused_before_anything_is_computed(run, other_teacher, capsys):
-    """No scheduler could sample its student."""
-    folder = other_teacher(kind=FlowMatchEulerDiscreteScheduler)
-    with pytest.raises(SystemExit):
-        run(f"pretrained_model_name_or_path={folder}", "prediction_type=velocity", "max_train_steps=2")
-    assert "flow matching (`FlowMatchEulerDiscreteScheduler`)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("solver", ["deis", "heun"])

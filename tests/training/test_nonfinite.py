@@ -28,7 +28,7 @@ def bad(captions, monkeypatch):
 
     def encoded(pipe, prompts, *args, **kwargs):
         cond = encode(pipe, prompts, *args, **kwargs)
-        cond.embeds[[prompt == TEXTS[number] for prompt in prompts]] = float("nan")
+        cond.rows["encoder_hidden_states"][[prompt == TEXTS[number] for prompt in prompts]] = float("nan")
         return cond
 
     monkeypatch.setattr(loader, "encode_prompts", encoded)

@@ -24,7 +24,7 @@ from perflow_training.teacher.conditions import Conditions
 PATH = NoisePath.from_betas()
 WORLD = GaussianWorld(PATH)
 WINDOWS = Windows.uniform(4, 1000)
-COND = Conditions(torch.zeros(16, 1, 1, dtype=torch.float64))
+COND = Conditions({"encoder_hidden_states": torch.zeros(16, 1, 1, dtype=torch.float64)})
 
 
 class GaussianNetwork(torch.nn.Module):
@@ -198,7 +198,9 @@ def test_guidance_is_the_classifier_free_combination():
             return (z * 0 + encoder_hidden_states.mean((1, 2)).reshape(-1, 1, 1, 1),)
 
     backbone = Backbone(Sees(), PATH, "epsilon")
-    cond, uncond = (Conditions(torch.tensor(v).reshape(-1, 1, 1)) for v in ([1.0, 2.0], [0.5]))
+    cond, uncond = (
+        Conditions({"encoder_hidden_states": torch.tensor(v).reshape(-1, 1, 1)}) for v in ([1.0, 2.0], [0.5])
+    )
     z, timestep = torch.zeros(2, 4, 2, 2), torch.tensor([10, 20])
     out = backbone.guided(uncond, cond, 7.5)(z, timestep)
     torch.testing.assert_close(out[:, 0, 0, 0], 0.5 + 7.5 * (torch.tensor([1.0, 2.0]) - 0.5))

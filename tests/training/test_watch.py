@@ -29,7 +29,7 @@ class Network(torch.nn.Module):
 def batch():
     z = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     start = torch.tensor([1000, 750, 500, 250])
-    return SolvedWindows(z, z * 0.5, start, start - 250, Conditions(torch.zeros(4, 1, 1)))
+    return SolvedWindows(z, z * 0.5, start, start - 250, Conditions({"encoder_hidden_states": torch.zeros(4, 1, 1)}))
 
 
 def test_a_student_that_is_the_teacher_passes_at_the_teacher_s_own_timestep():
@@ -53,7 +53,9 @@ def test_answering_zero_loses_the_mean_squared_target():
     z = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ideal = world.student(z, 750, 750, 500, "ddim_eps")
     start = torch.full((8,), 750)
-    solved = SolvedWindows(z, world.flow(z, 750, 500), start, start - 250, Conditions(torch.zeros(8, 1, 1)))
+    solved = SolvedWindows(
+        z, world.flow(z, 750, 500), start, start - 250, Conditions({"encoder_hidden_states": torch.zeros(8, 1, 1)})
+    )
     losses = student_loss(answers_zero, PATH, solved, start, Loss("ddim_eps"), torch.ones(8))
     torch.testing.assert_close(losses.double(), ideal.pow(2).mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
 

@@ -4,19 +4,26 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from perflow_diffusers.words.shown import shown
 from perflow_training.rng import Draws
-from perflow_training.teacher.conditions import Conditions
+from perflow_training.teacher.conditions import Conditions, gathered, packed, unpacked
+
+OLD_NAMES = {
+    "embeds": "encoder_hidden_states",
+    "pooled": "added_cond_kwargs.text_embeds",
+    "time_ids": "added_cond_kwargs.time_ids",
+}
 
 
 @shown
 @dataclass(frozen=True, eq=False)
 class SolvedWindows:
-    """`z_start`, `z_end` (B, C, H, W); `start`, `end` (B,) path indices, on the CPU; `cond` of T rows.
+    """`z_start`, `z_end` (B, ...); `start`, `end` (B,) path indices or noise levels, on the CPU; `cond` of T rows.
 
     T divides B: row i has the conditions i mod T, for the windows of T trajectories stand one after the other.
     `names` (T, or none) say which examples they were made of.
@@ -42,7 +49,7 @@ class SolvedWindows:
 
 @dataclass(frozen=True, eq=False)
 class _Bucket:
-    """The solves of one picture size; `strata` (number of strata, windows of each): rows of them, end to end.
+    """The solves of one kind, of picture size and conditions; `strata` (number, windows of each): rows, end to end.
 
     They are never joined, which would hold every window twice. `start`, `end`: of all rows; `solve`, `row`, `cond`:
     each row's solve, and its place in that and in its conditions.
@@ -68,17 +75,14 @@ class _Bucket:
         rows, conditions = (part[index[order]].to(device).split(counts) for part in (self.row, self.cond))
         back = order.argsort().to(device)
 
-        def gathered(tensors: list[Tensor], places: tuple[Tensor, ...]) -> Tensor:
-            found = [tensor.index_select(0, at) for tensor, at in zip(tensors, places, strict=True) if len(at)]
-            return torch.cat(found).index_select(0, back)
-
-        held = [one.cond.tensors() for one in self.solves]
+        held = [one.cond.rows for one in self.solves]
+        told = {name: gathered([one[name] for one in held], conditions, back) for name in held[0]}
         return SolvedWindows(
-            gathered([one.z_start for one in self.solves], rows),
-            gathered([one.z_end for one in self.solves], rows),
+            cast(Tensor, gathered([one.z_start for one in self.solves], rows, back)),
+            cast(Tensor, gathered([one.z_end for one in self.solves], rows, back)),
             self.start[index],
             self.end[index],
-            Conditions(**{name: gathered([one[name] for one in held], conditions) for name in held[0]}),
+            Conditions(told, self.solves[0].cond.shared),
             tuple(self._name(*place) for place in zip(solve.tolist(), self.cond[index].tolist(), strict=True)),
         )
 
@@ -138,7 +142,7 @@ class WindowBuffer:
             self._arrange()
 
     def _bucket(self, step: int) -> _Bucket:
-        """A batch has one picture size, drawn by how many windows there are of each."""
+        """A batch has one kind of rows, drawn by how many windows there are of each."""
         if len(self.buckets) == 1:
             return self.buckets[0]
         rest = self.draws.shared("size", step) * len(self)
@@ -149,11 +153,11 @@ class WindowBuffer:
         return self.buckets[-1]
 
     def _arrange(self) -> None:
-        sizes: dict[tuple[int, ...], list[SolvedWindows]] = {}
+        kinds: dict[tuple, list[SolvedWindows]] = {}
         for solve in self.solves:
-            sizes.setdefault(tuple(solve.z_start.shape[1:]), []).append(solve)
+            kinds.setdefault((tuple(solve.z_start.shape[1:]), *solve.cond.kind), []).append(solve)
         self.buckets = []
-        for solves in sizes.values():
+        for solves in kinds.values():
             lengths = torch.tensor([len(solve) for solve in solves])
             row = torch.cat([torch.arange(len(solve)) for solve in solves])
             # rows are window after window; a trajectory's number decides its stratum
@@ -172,13 +176,19 @@ class WindowBuffer:
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, JSON) of all that the next batches depend on."""
         tensors: dict[str, Tensor] = {}
+        conditions = []
         for i, solve in enumerate(self.solves):
             rows = {"z_start": solve.z_start, "z_end": solve.z_end, "start": solve.start, "end": solve.end}
             # the windows of a trajectory share its conditions: stored once
-            rows |= {f"cond.{name}": part[: self.trajectories] for name, part in solve.cond.tensors().items()}
+            told, said = packed(solve.cond, self.trajectories)
+            conditions.append(said)
+            rows |= {f"cond.{name}": part for name, part in told.items()}
             rows["names"] = _bytes_of(solve.names[: self.trajectories])
             tensors |= {f"{i}.{name}": part.contiguous() for name, part in rows.items()}
-        counts = {"credit": self.credit, "solved": self.solved, "number": self.number, "solves": len(self.solves)}
+        counts = {
+            "credit": self.credit, "solved": self.solved, "number": self.number, "solves": len(self.solves),
+            "conditions": conditions,
+        }  # fmt: skip
         return tensors, counts
 
     def load_state(self, tensors: dict[str, Tensor], counts: dict, device: torch.device | str) -> None:
@@ -191,12 +201,21 @@ class WindowBuffer:
             self.solves.append(
                 SolvedWindows(
                     parts["z_start"].to(device), parts["z_end"].to(device), parts["start"], parts["end"],
-                    Conditions(**cond), names,
+                    _conditions(cond, counts["conditions"][i] if "conditions" in counts else None), names,
                 )
             )  # fmt: skip
         self.credit, self.solved, self.number = counts["credit"], counts["solved"], counts["number"]
         if self.strata:
             self._arrange()
+
+
+def _conditions(tensors: dict[str, Tensor], said: dict | None) -> Conditions:
+    """What `packed` has stored; older checkpoints (no `said`) have a UNet's under names of their own."""
+    return (
+        Conditions({OLD_NAMES[name]: value for name, value in tensors.items()})
+        if said is None
+        else unpacked(tensors, said)
+    )
 
 
 def _bytes_of(names: tuple[str, ...]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def check_start(student: Backbone, teacher: Backbone, batch: SolvedWindows, exac
     false).
     """
     timestep = batch.start
-    same = Backbone(student.network, student.path, student.prediction, teacher.index_offset, student.dtype)
+    same = replace(student, index_offset=teacher.index_offset)
     wanted, got = (net(batch.z_start, timestep, batch.cond).float() for net in (teacher, same))
     finite = wanted.isfinite().flatten(1).all(1) & batch.z_end.isfinite().flatten(1).all(1)
     if not finite.all():
@@ -71,7 +71,7 @@ def expectation(config: TrainingConfig, untrained: list[float], zero: list[float
         "untrained student, loss a window (noisy to clean): " + "  ".join(f"{value:.4g}" for value in untrained),
         "as a share of answering zero:                      " + "  ".join(f"{value:.2g}" for value in shares),
     ]
-    if config.prediction_type == "velocity":
+    if config.prediction_type == "velocity" and not config.flow:
         lines.append("expect: about 1 at first (the teacher does not predict velocities), far below it after warm-up.")
     else:
         lines.append("expect: well below 1 from the start, falling within the first few hundred steps.")

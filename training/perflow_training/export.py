@@ -58,9 +58,10 @@ def write_products(
 ) -> dict[str, Path]:
     """Writes `forms` (of FORMS; None: those of `config`) of the trained `weights` by name; returns form -> path.
 
-    student: `out`/unet, as diffusers saves it. delta: `out`/perflow.safetensors, fp16. lora: `out`/lora, the one that
-    was trained, or one of `lora_rank` extracted from the delta, which is then written, too. artifact: `out`/artifact,
-    ready for `load_perflow`, with a card and what else is written of delta and LoRA; what was trained in any case.
+    student: `out`/unet, or what else the pipeline calls its network, as diffusers saves it. delta:
+    `out`/perflow.safetensors, fp16. lora: `out`/lora, the one that was trained, or one of `lora_rank` extracted from
+    the delta, which is then written, too. artifact: `out`/artifact, ready for `load_perflow`, with a card and what
+    else is written of delta and LoRA; what was trained in any case.
     `base` is `open_base(config)` by default. Files of an older run are replaced.
 
     Memory: a few tensors, and the LoRA if it has to be extracted; `weights` can be lazy.
@@ -71,15 +72,15 @@ def write_products(
         raise ConfigError(f"{', '.join(unknown)} cannot be written; expected some of {', '.join(FORMS)}.")
     base = open_base(config) if base is None else base
     given = as_source(weights, "the trained weights")
-    lora = trained_lora(config, given) if config.lora_rank else None
-    expected = dict(base.unet.named_parameters()) if lora is None else trained(build_student(base.unet, config))
+    lora = trained_lora(config, given, base.component) if config.lora_rank else None
+    expected = dict(base.network.named_parameters()) if lora is None else trained(build_student(base.network, config))
     check_trained(expected, given.shapes)
-    student = student_weights(config, base.weights, given)
+    student = student_weights(config, base.weights, given, base.component)
     facts = header(config, base.pipeline)
     out = make_folder(Path(out))
     paths: dict[str, Path] = {}
     if "student" in forms:
-        paths["student"] = _write_student(base.unet, student, out / "unet")
+        paths["student"] = _write_student(base.network, student, out / base.component)
     base_hash = None
     if "delta" in forms or (lora is None and set(forms) & {"lora", "artifact"}):
         # files of an older run are replaced, as the student is: a run must not fail at its end for them
@@ -106,9 +107,10 @@ def header(config: TrainingConfig, base: DiffusionPipeline | Path) -> dict[str, 
     name = config.pretrained_model_name_or_path
     metadata: dict[str, Any] = {
         "base_model": None if _is_local(name) else name,  # a Hub id; a path says nothing to others
-        "prediction_type": config.prediction_type,
+        "prediction_type": config.parameterisation,
         "num_time_windows": config.window_count,
-        "window_boundaries": config.window_boundaries,
+        "window_boundaries": _boundaries(config),
+        "window_shift": config.window_shift,
         "recommended_steps": config.recommended_steps,
         "solve_guidance": 0.0 if scale is None else scale,
         "recommended_guidance_scale": None if scale is None else 1.0,
@@ -119,6 +121,12 @@ def header(config: TrainingConfig, base: DiffusionPipeline | Path) -> dict[str, 
     if config.rescale_betas_zero_snr:  # the student knows the rescaled schedule, whatever that of its base was
         metadata["noise"] = {**metadata.get("noise", {}), "rescale_betas_zero_snr": True}
     return {name: value for name, value in metadata.items() if value is not None}
+
+
+def _boundaries(config: TrainingConfig) -> list[float] | list[int] | None:
+    """Timesteps as whole numbers, noise levels as they are."""
+    given = config.window_boundaries
+    return given if given is None or config.flow else [int(boundary) for boundary in given]
 
 
 def recipe(config: TrainingConfig) -> dict[str, Any]:
@@ -150,9 +158,9 @@ def _is_local(place: str) -> bool:
     return path.exists() or path.is_absolute() or len(path.parts) > 2 or place.startswith(("~", "."))
 
 
-def _write_student(unet: Any, weights: WeightSource, folder: Path) -> Path:
+def _write_student(network: Any, weights: WeightSource, folder: Path) -> Path:
     """Config and weights, in shards from the size on from which diffusers writes shards."""
-    unet.save_config(make_folder(folder))
+    network.save_config(make_folder(folder))
     specs = {name: (weights.shapes[name], weights.dtypes[name]) for name in weights}
     tensors = ((name, weights[name]) for name in specs)
     if weights.nbytes > SHARD:

@@ -1,5 +1,6 @@
 """What a solve starts from: conditions and data latents, from examples that are encoded here or from a cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Protocol
@@ -12,12 +13,20 @@ from perflow_diffusers.words.shown import shown
 from perflow_training.config import ConfigError, TrainingConfig
 from perflow_training.data import DataOptions, open_examples
 from perflow_training.data.cached import CachedStream
+from perflow_training.data.example import Example
 from perflow_training.data.identity import model_identity
 from perflow_training.rng import Draws
 from perflow_training.teacher.conditions import Conditions
-from perflow_training.teacher.encode import Pipeline, encode_empty, encode_images, encode_prompts, picture_size
+from perflow_training.teacher.encode import (
+    Pipeline,
+    encode_empty,
+    encode_images,
+    encode_prompts,
+    encoded_rows,
+    picture_size,
+)
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 CAPTION = 100  # characters of a caption that name an example
 
 
@@ -78,7 +87,7 @@ class EncodingLoader:
         height, width = examples[0].target_size
         factor = self.pipe.vae_scale_factor
         shape = (self.channels, height // factor, width // factor)
-        names = tuple(f"{shorten(e.caption, CAPTION, placeholder=' ...')!r} ({e.name})" for e in examples)
+        names = named(examples)
         if not with_latents:
             return Material(cond, shape, None, names)
         images = torch.stack([example.pixels for example in examples])
@@ -104,6 +113,11 @@ class EncodingLoader:
         self.stream.close()
 
 
+def named(examples: Sequence[Example]) -> tuple[str, ...]:
+    """What people read of examples: the caption, and the record that it is from."""
+    return tuple(f"{shorten(e.caption, CAPTION, placeholder=' ...')!r} ({e.name})" for e in examples)
+
+
 class CachedLoader:
     """Conditions and latents that training/precompute.py has encoded; neither VAE nor text encoder is needed."""
 
@@ -118,12 +132,12 @@ class CachedLoader:
             model=model_identity(config.pretrained_model_name_or_path, config.revision),
         )
         empty = self.stream.empty_prompt
-        self.uncond = Conditions(empty["prompt_embeds"], empty.get("pooled")).to(device)
+        self.uncond = encoded_rows(empty["prompt_embeds"], empty.get("pooled")).to(device)
 
     def draw(self, count: int, number: int, with_latents: bool) -> Material:
         """The next `count` rows of the cache."""
         batch = self.stream.batch(count)
-        cond = Conditions(batch.prompt_embeds, batch.pooled, batch.add_time_ids).to(self.device)
+        cond = encoded_rows(batch.prompt_embeds, batch.pooled, batch.add_time_ids).to(self.device)
         if batch.latents is None:
             return Material(cond, self.shape, None, batch.names)
         channels, height, width = batch.latents.shape[1:]

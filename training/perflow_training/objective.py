@@ -10,7 +10,7 @@ from torch import Tensor
 from perflow_diffusers.flow import NoisePath, Windows, euler, interpolate, solve, target
 from perflow_training.buffer import SolvedWindows
 from perflow_training.config import ConfigError, TrainingConfig
-from perflow_training.teacher.backbone import Backbone
+from perflow_training.teacher.backbone import Backbone, Boundaries
 from perflow_training.teacher.conditions import Conditions
 
 Guidance = float | Tensor | None
@@ -48,7 +48,7 @@ class Loss:
 
     @classmethod
     def of(cls, config: TrainingConfig) -> "Loss":
-        return cls(config.prediction_type, config.loss, config.huber_c)
+        return cls(config.parameterisation, config.loss, config.huber_c)
 
 
 def windows_of(config: TrainingConfig, num_train_timesteps: int) -> Windows:
@@ -65,7 +65,7 @@ def windows_of(config: TrainingConfig, num_train_timesteps: int) -> Windows:
             f"`window_boundaries={given}` must begin at {num_train_timesteps}, the teacher's noisiest timestep: "
             "sampling starts there."
         )
-    return Windows(tuple(given))
+    return Windows(tuple(int(boundary) for boundary in given))
 
 
 def guidance_of(scale: float | list[float] | None, uniform: Tensor) -> Guidance:
@@ -116,7 +116,7 @@ def solve_from_data(
     start, end = bounds[number], bounds[number + 1]
     z = teacher.path.add_noise(latents, noise, start)
     if zero_snr:
-        first = (start == teacher.path.num_train_timesteps).to(z.device).reshape(-1, 1, 1, 1)
+        first = (start == teacher.path.num_train_timesteps).to(z.device).reshape(-1, *[1] * (z.ndim - 1))
         z = torch.where(first, noise, z)
     z_end = solver(teacher.guided(uncond, cond, guidance), teacher, z, start, end)
     return SolvedWindows(z, z_end, start, end, cond)
@@ -127,20 +127,23 @@ def draw_timesteps(
 ) -> Tensor:
     """(B,) path indices in end+1..start: share `starts` on the start, `grid` on start or middle, the rest uniform.
 
+    Of noise levels, which are not whole, those above the end.
+
     `uniform` (3, B) are numbers in 0..1. `discrete=(n, N)` puts the uniform ones on the next noisier of the n points
     1, 1 - 1/n, ... of time in N timesteps.
     """
-    length = start - end
-    anywhere = start - (uniform[0] * length).long()
+    length, whole = start - end, not start.is_floating_point()
+    anywhere = start - ((uniform[0] * length).long() if whole else uniform[0] * length)
     if discrete is not None:
         points, total = discrete
         step = torch.div((total - anywhere) * points, total, rounding_mode="floor")
         anywhere = (total - torch.div(step * total, points, rounding_mode="floor")).minimum(start)
-    middle = start - length * (uniform[1] >= 0.5).long() // 2
+    half = torch.div(length, 2, rounding_mode="floor") if whole else length / 2
+    middle = torch.where(uniform[1] >= 0.5, start - half, start)
     return torch.where(uniform[2] < starts, start, torch.where(uniform[2] < starts + grid, middle, anywhere))
 
 
-def sample_weights(scheme: str, windows: Windows, start: Tensor, timestep: Tensor, total: int) -> Tensor:
+def sample_weights(scheme: str, windows: Boundaries, start: Tensor, timestep: Tensor, total: int) -> Tensor:
     """(B,) weights of the published `reweighting_scheme` none, reciprocal or rcp_win; `total` is N."""
     if scheme == "reciprocal":
         return 1 / (1 - timestep / total).clamp(min=0.1) / 2.3
@@ -161,7 +164,7 @@ def student_loss(
     """(B,) weighted losses of the student at points on the chords; `weights` (B,)."""
     z = interpolate(batch.z_start, batch.z_end, batch.start, batch.end, timestep)
     wanted = target(path, loss.prediction_type, batch.z_start, batch.z_end, batch.start, batch.end)
-    error = (student(z, timestep, batch.cond).float() - wanted).pow(2).mean((1, 2, 3))
+    error = (student(z, timestep, batch.cond).float() - wanted).pow(2).flatten(1).mean(1)
     if loss.kind == "pseudo_huber":
         error = (error + loss.huber_c**2).sqrt() - loss.huber_c
     return weights.to(error.device) * error

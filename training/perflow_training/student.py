@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LRScheduler
 
+from perflow_diffusers.families.stable_diffusion import UNET
 from perflow_diffusers.weights import open_weights
 from perflow_training.config import ConfigError, TrainingConfig
 
@@ -27,7 +28,7 @@ def lora_config(config: TrainingConfig) -> LoraConfig:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]  # PEFT divides whatever it is
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
+        target_modules=config.lora_target_modules or list(UNET.lora_targets),
         init_lora_weights="gaussian",
     )
 

@@ -12,12 +12,14 @@ from perflow_diffusers.weights.read.lora_layers import ADAPTER_METADATA, adapter
 from perflow_training.config import TrainingConfig
 
 
-def student_weights(config: TrainingConfig, base: WeightSource, trained: WeightSource) -> WeightSource:
+def student_weights(
+    config: TrainingConfig, base: WeightSource, trained: WeightSource, component: str = "unet"
+) -> WeightSource:
     """All weights of the student in float32 by canonical name, of the `trained` ones by name and the teacher's.
 
     W + B A alpha / rank where a LoRA was trained, else the trained weights themselves, and the base's where none was.
     """
-    change = as_delta(trained_lora(config, trained), base.shapes) if config.lora_rank else None
+    change = as_delta(trained_lora(config, trained, component), base.shapes) if config.lora_rank else None
 
     def read(name: str) -> Tensor:
         if change is None:
@@ -27,13 +29,13 @@ def student_weights(config: TrainingConfig, base: WeightSource, trained: WeightS
     return replace(base, name="the student", read=read, metadata={})
 
 
-def trained_lora(config: TrainingConfig, trained: WeightSource) -> WeightSource:
-    """The LoRA's factors under the names that diffusers stores, with the config that says alpha."""
-    names = {f"unet.{name.replace('.default.', '.')}": name for name in trained}
+def trained_lora(config: TrainingConfig, trained: WeightSource, component: str = "unet") -> WeightSource:
+    """The LoRA's factors under the names that diffusers stores for `component`, with the config that says alpha."""
+    names = {f"{component}.{name.replace('.default.', '.')}": name for name in trained}
     shapes = {name: trained.shapes[own] for name, own in names.items()}
     alpha = config.lora_alpha or config.lora_rank
     modules = {
-        name.removeprefix("unet.").removesuffix(".lora_A.weight"): (shape[0], alpha)
+        name.removeprefix(f"{component}.").removesuffix(".lora_A.weight"): (shape[0], alpha)
         for name, shape in shapes.items()
         if name.endswith(".lora_A.weight")
     }
@@ -42,5 +44,5 @@ def trained_lora(config: TrainingConfig, trained: WeightSource) -> WeightSource:
         MappingProxyType(shapes),
         MappingProxyType({name: trained.dtypes[own] for name, own in names.items()}),
         lambda name: trained[names[name]],
-        {ADAPTER_METADATA: json.dumps(adapter_metadata(modules))},
+        {ADAPTER_METADATA: json.dumps(adapter_metadata(modules, component))},
     )

@@ -1,11 +1,9 @@
 """The distillation loop: knows backbones, windows and batches, and no model family."""
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -32,16 +30,10 @@ from perflow_training.loader import Loader
 from perflow_training.log import StepLog, to_trackers
 from perflow_training.nonfinite import NonFinite
 from perflow_training.objective import (
-    Guidance,
     Loss,
-    Solver,
     draw_timesteps,
-    guidance_of,
-    measure_window_costs,
     per_window,
     sample_weights,
-    solve_from_data,
-    solve_trajectories,
     student_loss,
     window_weights,
     windows_of,
@@ -49,6 +41,7 @@ from perflow_training.objective import (
 from perflow_training.processes import by_main
 from perflow_training.rng import Draws
 from perflow_training.run_folder import begin_branch, step_of
+from perflow_training.solves import SolverSolves, Solves, Timed
 from perflow_training.stopping import Stopped, Stopping
 from perflow_training.student import DTYPES, make_learner, trained, values_in_place
 from perflow_training.teacher.backbone import Backbone
@@ -58,13 +51,15 @@ logger = logging.getLogger(__name__)
 Student = Callable[[Tensor, Tensor, Conditions], Tensor]
 HEAVY = (
     "network", "optimizer", "schedule", "parameters", "ema", "plain_teacher", "plain_student", "teacher", "student",
-    "buffer", "loader", "validate",
+    "buffer", "source", "solve", "validate",
 )  # fmt: skip
 Validate = Callable[[int, Backbone], dict]
 
 
 class Trainer:
-    """Distils `teacher` into a student that starts as its copy, on material from `loader`.
+    """Distils `teacher` into a student that starts as its copy, on windows that `source` has solved.
+
+    A loader, of what a solve starts from, is solved by the solver that the options name.
 
     `validate(step, student)` is called every `validation_steps` with the EMA weights in place; its result is logged.
     It may raise Stopped. `stopping` says when the run is to end; `base` is the folder that the teacher was read from,
@@ -75,7 +70,7 @@ class Trainer:
         self,
         config: TrainingConfig,
         teacher: Backbone,
-        loader: Loader,
+        source: Loader | Solves,
         accelerator: Accelerator,
         draws: Draws,
         validate: Validate | None = None,
@@ -83,8 +78,7 @@ class Trainer:
         base: Path | None = None,
     ):
         self.config, self.accelerator, self.draws = config, accelerator, draws
-        self.loader, self.validate, self.base = loader, validate, base
-        self.windows = windows_of(config, teacher.path.num_train_timesteps)
+        self.validate, self.base = validate, base
         dtype = DTYPES[accelerator.mixed_precision]
         self.network, self.optimizer, self.schedule = make_learner(teacher.network, config, accelerator)
         use_trained_weights_only(accelerator)
@@ -100,8 +94,16 @@ class Trainer:
             dynamic = None if config.aspect_buckets else False
             pair = [replace(one, network=compiled(one.network, dynamic)) for one in pair]
         self.teacher, self.student = pair
+        if isinstance(source, Solves):
+            self.source: Solves = source
+        else:
+            windows = windows_of(config, teacher.path.num_train_timesteps)
+            self.source = SolverSolves(
+                config, source, windows, self.teacher, self.plain_teacher, draws, accelerator.device
+            )
+        self.windows = self.source.windows
+        self.solve = Timed(self.source.solve, accelerator.device)
         self.buffer = WindowBuffer(self.solve, config.buffer_size, config.reuse, draws, config.solve_batch_size)
-        self.solve_seconds = 0.0
         self.step = 0
         self.weights = torch.ones(self.windows.num_windows)
         self.watch = Watch(config, [0.0] * self.windows.num_windows)
@@ -109,46 +111,10 @@ class Trainer:
         self.stopping = stopping or Stopping()
         self.saved: Path | None = None  # the checkpoint of this run that was written last
 
-    def solve(self, number: int) -> SolvedWindows:
-        """Windows of solve `number`: trajectories, or noised data in the share `data_starts` of the solves."""
-        began, count = self._now(), self.config.solve_batch_size
-        from_data = self.draws.shared("kind", number) < self.config.data_starts
-        material = self.loader.draw(count, number, from_data)
-        cond, guidance, noise = self._conditions(material.cond, number, material.shape)
-        arguments = (self.teacher, self.windows, Solver.of(self.config))
-        if from_data:
-            window = (self.draws.uniform("start", number, count) * self.windows.num_windows).long()
-            latents = cast(Tensor, material.latents).to(noise.device)
-            solved = solve_from_data(
-                *arguments, latents, noise, window, cond, self.loader.uncond, guidance, self.config.zero_snr
-            )
-        else:
-            solved = solve_trajectories(*arguments, noise, cond, self.loader.uncond, guidance)
-        self.solve_seconds += self._now() - began
-        return replace(solved, names=material.names)
-
-    def _conditions(self, cond, number: int, shape) -> tuple:
-        """(conditions with dropped captions, guidance, noise) of a solve."""
-        count = len(cond)
-        dropped = self.draws.uniform("caption", number, count) < self.config.caption_dropout
-        guidance: Guidance = guidance_of(self.config.solve_guidance, self.draws.uniform("guidance", number, count))
-        noise = self.draws.normal("noise", number, (count, *shape)).to(self.accelerator.device)
-        return cond.drop(dropped, self.loader.uncond), guidance, noise
-
-    def _now(self) -> float:
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()  # a solve is hundreds of network calls: this costs nothing beside it
-        return time.perf_counter()
-
     def _costs(self) -> Tensor:
         """(2, K): what the windows' losses cost, measured on one batch of trajectories of all processes."""
-        material = self.loader.draw(self.config.solve_batch_size, -1, False)
-        cond, guidance, noise = self._conditions(material.cond, -1, material.shape)
         self.network.eval()
-        costs = measure_window_costs(
-            self.plain_student, self.plain_teacher, self.windows, Solver.of(self.config), Loss.of(self.config),
-            noise, cond, self.loader.uncond, guidance,
-        )  # fmt: skip
+        costs = self.source.costs(self.plain_student)
         self.network.train()
         return self.accelerator.reduce(costs, "mean").cpu()
 
@@ -209,7 +175,7 @@ class Trainer:
             total=config.max_train_steps, initial=self.step, desc="perflow", mininterval=2,
             disable=None if self.accelerator.is_main_process else True,  # a bar for people, none in pipes and logs
         )  # fmt: skip
-        log, told = StepLog(self.accelerator, self.weights, self.solve_seconds), 0
+        log, told = StepLog(self.accelerator, self.weights, self.solve.seconds), 0
         with self.stopping.after_the_step(), progress:
             while self.step < config.max_train_steps and not told:
                 norm = self._step(log)
@@ -219,10 +185,10 @@ class Trainer:
                 if self.step % config.logging_steps == 0 or last:
                     values = log.take(
                         number_of(norm),
-                        self.solve_seconds,
+                        self.solve.seconds,
                         learning_rate=float(self.schedule.get_last_lr()[0]),
                         solved=self.buffer.solved,
-                        **self.loader.describe(),
+                        **self.source.describe(),
                         **self.nonfinite.describe(),
                     )
                     losses = " ".join("-" if x is None else f"{x:.4f}" for x in values["loss"])
@@ -311,13 +277,13 @@ class Trainer:
         tensors, counts = self.buffer.state()
         state = {
             "buffer": counts,
-            "data": self.loader.state_dict(),
+            "data": self.source.state_dict(),
             "ema_steps": self.ema.optimization_step,
             "weights": self.weights.tolist(),
             "untrained": self.watch.untrained,
             "above_since": self.watch.above_since,
             "skipped": self.nonfinite.skipped,
-            "solve_seconds": self.solve_seconds,
+            "solve_seconds": self.solve.seconds,
             "base_folder": None if self.base is None else str(self.base),
         }
         try:
@@ -336,8 +302,8 @@ class Trainer:
             copy_into(value, ema[name])
         self.ema.optimization_step = state["ema_steps"]
         self.buffer.load_state(windows, state["buffer"], self.accelerator.device)
-        self.loader.load_state_dict(state["data"])
-        self.step, self.solve_seconds = state["step"], state["solve_seconds"]
+        self.source.load_state_dict(state["data"])
+        self.step, self.solve.seconds = state["step"], state["solve_seconds"]
         self.weights = torch.tensor(state["weights"])
         self.watch.untrained, self.watch.above_since = state["untrained"], state["above_since"]
         self.nonfinite.skipped = state.get("skipped", 0)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,11 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from perflow_diffusers import PeRFlowScheduler
-from perflow_diffusers.flow import Windows, euler
+from perflow_diffusers.flow import SigmaWindows, euler
 from perflow_training.config import TrainingConfig
 from perflow_training.stopping import Stopped, Stopping
-from perflow_training.teacher.backbone import Backbone
+from perflow_training.teacher.backbone import Backbone, Boundaries
 from perflow_training.teacher.encode import Pipeline, decode_latents, encode_prompts, latent_size
+from perflow_training.teacher.observed import Observed
 
 logger = logging.getLogger(__name__)
 SIDE = 128  # pixels at least of a picture's width
@@ -26,21 +28,24 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 @torch.no_grad()
 def straightness(
-    predict: Predict, backbone: Backbone, windows: Windows, prediction_type: str, noise: Tensor, steps: int = 4
+    predict: Predict, backbone: Backbone, windows: Boundaries, prediction_type: str, noise: Tensor, steps: int = 4
 ) -> list[float]:
     """(K,) how much the student's own velocity varies along each window, 0 = a straight line.
 
-    From `noise` (B, C, h, w) the student takes `steps` equal steps a window: the mean square of (velocity - mean
+    From `noise` (B, ...) the student takes `steps` equal steps a window: the mean square of (velocity - mean
     velocity of the window) over the mean square of the mean velocity. (Liu et al., arXiv 2209.03003, section 2.2.)
     """
     z, scores = noise, []
     for start, end in pairwise(windows.boundaries):
-        points = [(start * steps - (start - end) * j) // steps for j in range(steps + 1)]
+        first, last = torch.tensor([start, end])  # whole timesteps stay whole
+        length = first - last
+        along = [length * j for j in range(steps + 1)]
+        points = [first - (-(-part // steps) if isinstance(start, int) else part / steps) for part in along]
         velocities = []
         for now, then in pairwise(points):
-            a, b = (float(c) for c in euler(backbone.path, prediction_type, start, end, now, then))
-            following = a * z + b * predict(z, torch.full((len(z),), now, dtype=torch.int64))
-            velocities.append((following - z) / (then - now))
+            a, b = (float(c) for c in euler(backbone.path, prediction_type, first, last, now, then))
+            following = a * z + b * predict(z, now.expand(len(z)))
+            velocities.append((following - z) / float(then - now))
             z = following
         mean = torch.stack(velocities).mean(0)
         bent = torch.stack([(velocity - mean).pow(2).mean() for velocity in velocities]).mean()
@@ -52,38 +57,49 @@ class Validation:
     """Draws every (steps, guidance) pair of `validation_samplings` beside the teacher, from the same noise.
 
     The teacher has the pair's guidance, or that of the solve, which a student of a guided solve has learned.
-    A call writes output_dir/validation/step-NNNNNN.png, one row a prompt, hands it to the trackers, and returns the
-    straightness score of each window. It raises Stopped within a sampling step if `stopping` is told to end.
+    `component` is what the pipeline calls its network. A call writes output_dir/validation/step-NNNNNN.png, one row a
+    prompt, hands it to the trackers, and returns the straightness score of each window. It raises Stopped within a
+    sampling step if `stopping` is told to end.
     """
+
+    component = "unet"
 
     def __init__(
         self,
         pipe: Pipeline,
         config: TrainingConfig,
-        windows: Windows,
+        windows: Boundaries,
         accelerator,
         stopping: Stopping | None = None,
     ):
         self.stopping = stopping or Stopping()
         self.pipe, self.config, self.windows, self.accelerator = pipe, config, windows, accelerator
         pipe.set_progress_bar_config(disable=True)
-        shape = (pipe.unet.config.in_channels, *_latent_size(pipe, config))
         generator = torch.Generator().manual_seed(config.seed + 1)
-        self.noise = torch.randn(len(config.validation_prompts), *shape, generator=generator)
-        self.scheduler = PeRFlowScheduler.from_config(
-            pipe.scheduler.config,
-            prediction_type=config.prediction_type,
+        self.noise = torch.randn(len(config.validation_prompts), *self._shape(), generator=generator)
+        self.scheduler = self._scheduler()
+        self.teacher_columns: dict[float, list[Image.Image]] = {}
+
+    def _shape(self) -> tuple[int, ...]:
+        """Of a sample's latents."""
+        return (self.pipe.unet.config.in_channels, *_latent_size(self.pipe, self.config))
+
+    def _scheduler(self) -> Any:
+        """The one that students are drawn with."""
+        config, windows = self.config, self.windows
+        return PeRFlowScheduler.from_config(
+            self.pipe.scheduler.config,
+            prediction_type=config.parameterisation,
             num_time_windows=windows.num_windows,
             window_boundaries=list(windows.boundaries) if config.window_boundaries else None,
             **({"rescale_betas_zero_snr": True} if config.rescale_betas_zero_snr else {}),
         )
-        self.teacher_columns: dict[float, list[Image.Image]] = {}
 
     @torch.no_grad()
     def __call__(self, step: int, student: Backbone) -> dict:
         config = self.config
         components = {**self.pipe.components, "scheduler": self.scheduler}
-        components["unet"] = self.accelerator.unwrap_model(student.network)
+        components[self.component] = self.accelerator.unwrap_model(student.network)
         pipe = type(self.pipe)(**components, **self._flags())
         pipe.set_progress_bar_config(disable=True)
         columns: dict[str, list[Image.Image]] = {}
@@ -136,7 +152,7 @@ class Validation:
         device = self.accelerator.device
         cond = encode_prompts(self.pipe, self.config.validation_prompts, device=device)
         predict = student.guided(cond, cond, None)
-        return straightness(predict, student, self.windows, self.config.prediction_type, self.noise.to(device))
+        return straightness(predict, student, self.windows, self.config.parameterisation, self.noise.to(device))
 
     def _track(self, grid: Image.Image, step: int) -> None:
         for tracker in self.accelerator.trackers:
@@ -146,6 +162,45 @@ class Validation:
                     tracker.log_images({"validation": [grid]}, step=step)
                 else:
                     tracker.log_images({"validation": picture}, step=step, dataformats="NHWC")
+
+
+class ObservedValidation(Validation):
+    """The same of a pipeline that is learnt by watching: its teacher is guided as its solves are, a student is not."""
+
+    def __init__(
+        self,
+        observed: Observed,
+        config: TrainingConfig,
+        windows: SigmaWindows,
+        accelerator,
+        stopping: Stopping | None = None,
+    ):
+        self.observed, self.component = observed, observed.runs.component
+        super().__init__(observed.runs.pipe, config, windows, accelerator, stopping)
+
+    def _shape(self) -> tuple[int, ...]:
+        return self.observed.shape
+
+    def _scheduler(self) -> Any:
+        return self.observed.scheduler(cast(SigmaWindows, self.windows))
+
+    def _draw(self, pipe: Pipeline, steps: int, guidance: float) -> list[Image.Image]:
+        """One picture a prompt, of a film the first; the pipeline's own decoder is taken."""
+        runs, guided, scale = self.observed.runs, self.observed.guided, self.config.mean_guidance
+        given = guided.on(scale, 1) if pipe is self.pipe else guided.one_call(scale)
+        pictures = []
+        for prompt, noise in zip(self.config.validation_prompts, self.noise, strict=True):
+            call = {**runs.arguments, **runs.prompts([prompt]), **given, "callback_on_step_end": self._go_on}
+            latents = noise[None].to(self.accelerator.device)
+            out = pipe(**call, num_inference_steps=steps, latents=latents, output_type="pil")[0]
+            pictures.append(out[0] if isinstance(out[0], Image.Image) else out[0][0])
+        return pictures
+
+    def _straightness(self, student: Backbone) -> list[float]:
+        prompts = self.config.validation_prompts
+        cond = self.observed.conditions(prompts, self.config.mean_guidance)
+        predict = student.guided(cond, cond, None)
+        return straightness(predict, student, self.windows, "velocity", self.noise.to(self.accelerator.device))
 
 
 def picture_grid(columns: dict[str, list[Image.Image]]) -> Image.Image:

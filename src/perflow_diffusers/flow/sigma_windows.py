@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
+from torch import Tensor
+
 from .windows import JOIN, in_short, shares
 
 
@@ -70,6 +73,11 @@ class SigmaWindows:
     def shifted(self, u: float) -> float:
         """The noise level at the even time `u` in 0..1 of the windows' shift."""
         return shifted(u, self.shift)
+
+    def index(self, sigma: Tensor) -> Tensor:
+        """The number of the window of each `sigma`, 0 (noisy) to K - 1 (clean), int64; a boundary's starts there."""
+        starts = torch.tensor(self.boundaries[:-1], dtype=torch.float64, device=sigma.device)
+        return (sigma.double()[..., None] <= starts + 1e-9).sum(-1) - 1
 
     def grid(self, n: int, join: str = JOIN) -> list[float]:
         """The n + 1 falling noise levels of an n-step run, the first `boundaries[0]`, the last `boundaries[-1]`.

@@ -2,13 +2,13 @@
 
 from diffusers.optimization import SchedulerType
 
-from perflow_diffusers.flow import METHODS, PREDICTION_TYPES, Windows
+from perflow_diffusers.flow import METHODS, PREDICTION_TYPES, SigmaWindows, Windows
 from perflow_diffusers.flow.solver import SPACINGS
 from perflow_training.config.options import FORMS, TrainingOptions
 from perflow_training.errors import ConfigError
 
 CHOICES = {
-    "prediction_type": tuple(PREDICTION_TYPES),
+    "prediction_type": (None, *PREDICTION_TYPES),
     "solver": tuple(METHODS),
     "solver_spacing": tuple(SPACINGS),
     "loss": ("l2", "pseudo_huber"),
@@ -60,7 +60,7 @@ def check(config: TrainingOptions) -> None:
         raise ConfigError(
             "`timestep_starts` and `timestep_grid` are shares of one whole: their sum must be at most 1."
         )
-    if config.rescale_betas_zero_snr and not PREDICTION_TYPES[config.prediction_type].zero_snr:
+    if config.rescale_betas_zero_snr and not PREDICTION_TYPES[config.parameterisation].zero_snr:
         defined = " or ".join(name for name, row in PREDICTION_TYPES.items() if row.zero_snr)
         raise ConfigError(f"`rescale_betas_zero_snr` is defined for `prediction_type={defined}` only.")
     if config.product is not None and (not config.product or set(config.product) - set(FORMS)):
@@ -73,7 +73,8 @@ def check(config: TrainingOptions) -> None:
 def _check_windows(config: TrainingOptions) -> None:
     if config.window_boundaries is not None:
         try:
-            last = Windows(tuple(config.window_boundaries)).boundaries[-1]
+            kind = SigmaWindows if config.flow else Windows
+            last = kind(tuple(config.window_boundaries)).boundaries[-1]  # type: ignore[arg-type]  # whole ones, or not
         except ValueError as error:
             raise ConfigError(f"`window_boundaries`: {error}") from error
         if last:

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, dataclass
 
-from perflow_diffusers.families.stable_diffusion import UNET
 from perflow_diffusers.words.shown import shown
 from perflow_training.config.data import DataOptions
 from perflow_training.config.option import option
@@ -26,16 +25,28 @@ class TrainingOptions(DataOptions):
         "perflow-out", "log, checkpoints, and the product: unet, perflow.safetensors, lora, artifact"
     )
     seed: int = option(0, "of every random number")
-    prediction_type: str = option(
-        "ddim_eps", "ddim_eps, diff_eps or velocity", section="PeRFlow: windows, parameterisation, teacher"
+    prediction_type: str | None = option(
+        None,
+        "ddim_eps, diff_eps or velocity; null: ddim_eps, on a flow-matching base velocity",
+        section="PeRFlow: windows, parameterisation, teacher",
     )
     num_time_windows: int = option(4, "K")
-    window_boundaries: list[int] | None = option(None, "explicit N = b0 > ... > bK = 0 instead of equal windows")
+    window_boundaries: list[float] | None = option(
+        None,
+        "explicit N = b0 > ... > bK = 0 instead of equal windows; of a flow-matching base noise levels from 1 to 0",
+    )
+    window_shift: float | None = option(
+        None, "of a flow-matching base: the shift of time in which windows are equal; null: the pipeline's own"
+    )
+    pipeline_arguments: str = option(
+        "", "what else the pipeline of a flow-matching base is called with, as YAML: '{num_frames: 17}'"
+    )
     solver: str = option("dpmpp_2m", "ddim, dpmpp_2m, deis (nearer over whole trajectories with guidance) or heun")
-    solver_steps: int = option(4, "per window")
+    solver_steps: int = option(4, "per window; of a flow-matching base Euler's, of the pipeline itself")
     solver_spacing: str = option("log_snr", "log_snr or time: equal steps of what (the paper: ddim, 8 steps of time)")
     solve_guidance: float | list[float] | None = option(
-        None, "of the teacher; null: CFG-sync; 7.5: guided solve; [5, 9]: drawn a trajectory"
+        None,
+        "of the teacher; null: CFG-sync (a flow-matching pipeline's own); 7.5: guided solve; [5, 9]: drawn for each",
     )
     caption_dropout: float = option(0.1, "share of empty captions")
     rescale_betas_zero_snr: bool = option(False, "the schedule rescaled to zero terminal SNR (velocity only)")
@@ -64,8 +75,8 @@ class TrainingOptions(DataOptions):
     lora_rank: int = option(0, "0: all weights; otherwise a LoRA of this rank", section="what is trained")
     lora_alpha: float = option(0.0, "0: the rank")
     lora_dropout: float = option(0.0, "share of what goes into a LoRA that is left out")
-    lora_target_modules: list[str] = option(
-        list(UNET.lora_targets), "layers that have one, by the ends of their names"
+    lora_target_modules: list[str] | None = option(
+        None, "layers that have one, by the ends of their names; null: attention, feed-forward, and a UNet's others"
     )
     max_train_steps: int = option(
         1000, "of the optimiser", section="optimisation; names as in diffusers' training scripts"
@@ -118,6 +129,16 @@ class TrainingOptions(DataOptions):
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    @property
+    def parameterisation(self) -> str:
+        """`prediction_type`, where it is left to the default of a diffusion, too."""
+        return self.prediction_type or "ddim_eps"
+
+    @property
+    def flow(self) -> bool:
+        """Whether windows lie between noise levels, as those of a flow-matching base do."""
+        return bool(self.window_boundaries) and max(self.window_boundaries or [2]) <= 1
 
     @property
     def mean_guidance(self) -> float | None:

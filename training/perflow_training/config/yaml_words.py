@@ -35,11 +35,21 @@ def parsed(text: str, what: str):
         raise ConfigError(f"{what} is not valid YAML: {said}. Texts with : # [ or {{ need quotes.") from error
 
 
+def plain(text: str, what: str):
+    """What YAML itself makes of a text. Raises ConfigError, which calls it `what`."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what} is not valid YAML: {str(error).splitlines()[0]}.") from error
+
+
 def cast(name: str, value, hint):
     """The value as the option's type wants it: YAML reads 5e-4 as text, 1 as an integer and `no` as false."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, _Plain):
         value = _meant(value, kinds)
+    if isinstance(value, dict) and str in kinds and dict not in kinds:
+        return yaml.safe_dump(_unread(value), default_flow_style=True, width=10**6).strip()
     if value is None and (type(None) in kinds or str in kinds):
         return None if type(None) in kinds else ""  # `name=` is an empty text
     if isinstance(value, list):
@@ -61,6 +71,15 @@ def cast(name: str, value, hint):
         return value
     expected = " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
     raise ConfigError(f"`{name}={value!r}` must be of type {expected}.")
+
+
+def _unread(value):
+    """What YAML itself makes of a value."""
+    if isinstance(value, dict):
+        return {_unread(name): _unread(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_unread(one) for one in value]
+    return value.value if isinstance(value, _Plain) else value
 
 
 def _meant(word: _Plain, kinds: tuple):

@@ -8,19 +8,23 @@ import torch
 from torch import Tensor
 
 from perflow_diffusers.families import COMPONENTS, network_in
-from perflow_diffusers.flow import Base, NoisePath
+from perflow_diffusers.flow import Base, NoisePath, SigmaWindows, Windows
 from perflow_diffusers.flow.path import like
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.words.shown import shown
 from perflow_training.errors import ConfigError
+from perflow_training.teacher.call import POSITIONAL, Call
 from perflow_training.teacher.conditions import Conditions
 from perflow_training.teacher.encode import Pipeline
+
+#: Windows of timesteps, or of a flow's noise levels.
+Boundaries = Windows | SigmaWindows
 
 
 @shown
 @dataclass(frozen=True)
 class Backbone:
-    """`network(z, timestep, **conditions)` predicts `prediction` on `path`.
+    """`network(z, timestep, **conditions)` predicts `prediction` on `path`; `call` says how it is called.
 
     A DDPM-trained network was told `i - 1` at path index `i` (`index_offset=-1`); PeRFlow students are told `i`.
     `dtype` is what the network computes in; states keep theirs.
@@ -31,14 +35,14 @@ class Backbone:
     prediction: str
     index_offset: int = 0
     dtype: torch.dtype | None = None
+    call: Call = POSITIONAL
 
     def __call__(self, z: Tensor, timestep: Tensor, cond: Conditions) -> Tensor:
-        """`z` (B, C, H, W), `timestep` (B,) path indices 1..N, `cond` of B rows -> (B, C, H, W) like z."""
+        """`z` (B, ...), `timestep` (B,) path indices 1..N (noise levels of a flow), `cond` of B rows -> like z."""
         told = (timestep + self.index_offset).to(z.device)
         if self.dtype is not None:
             cond = cond.to(dtype=self.dtype)
-        out = self.network(z.to(self.dtype or z.dtype), told, **cond.kwargs(), return_dict=False)[0]
-        return out.to(z.dtype)
+        return self.call(self.network, z.to(self.dtype or z.dtype), told, cond).to(z.dtype)
 
     def guided(
         self, uncond: Conditions, cond: Conditions, guidance_scale: float | Tensor | None

@@ -7,13 +7,16 @@ from types import MappingProxyType
 import diffusers
 import torch
 from accelerate import init_empty_weights
+from diffusers import ModelMixin
 from torch import nn
 
 from perflow_diffusers.errors import WeightSourceError
-from perflow_diffusers.families import NETWORKS, network_in
+from perflow_diffusers.families import ANY_COMPONENTS, sole_network
+from perflow_diffusers.io.documents import read_json
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.read.keys import canonical_map
 from perflow_diffusers.words.shown import shown
+from perflow_training.errors import ConfigError
 from perflow_training.lazy import as_source, read_afresh
 from perflow_training.teacher.encode import Pipeline
 
@@ -21,13 +24,15 @@ from perflow_training.teacher.encode import Pipeline
 @shown
 @dataclass(frozen=True, eq=False)
 class Base:
-    """`weights` in float32 by canonical name; `unet` of their shapes, perhaps without numbers (on the meta device).
+    """`weights` in float32 by canonical name; `network` of their shapes, perhaps without numbers (on the meta device).
 
-    `pipeline` is the folder, or the loaded pipeline, for those who ask for scheduler and signature.
+    `component` is what the pipeline calls it; `pipeline` the folder, or the loaded pipeline, for those who ask for
+    scheduler and signature.
     """
 
     weights: WeightSource
-    unet: nn.Module
+    network: nn.Module
+    component: str
     pipeline: Path | Pipeline
 
 
@@ -44,12 +49,12 @@ def base_in_folder(folder: Path, variant: str | None, name: str) -> Base | None:
     marked = [f".{variant}." in file.name or f".{variant}-" in file.name for file in source.files]
     if variant is not None and not all(marked):
         return None
-    unet = _empty(folder)
+    component, network = _empty(folder)
     names, collisions = canonical_map(source)
-    if unet is None or collisions:
+    if network is None or collisions:
         return None
     shapes = {key: source.shapes[own] for key, own in names.items()}
-    if shapes != {key: tuple(value.shape) for key, value in unet.state_dict().items()}:
+    if shapes != {key: tuple(value.shape) for key, value in network.state_dict().items()}:
         return None
     fresh = read_afresh(source)
     weights = WeightSource(
@@ -58,20 +63,23 @@ def base_in_folder(folder: Path, variant: str | None, name: str) -> Base | None:
         MappingProxyType(dict.fromkeys(shapes, torch.float32)),
         lambda key: fresh[names[key]].float(),
     )
-    return Base(weights, unet, folder)
+    return Base(weights, network, component, folder)
 
 
 def loaded_base(pipe: Pipeline, name: str) -> Base:
     """The base of a pipeline in memory, in float32."""
-    return Base(as_source(open_weights(network_in(pipe)), name), network_in(pipe), pipe)
+    network = sole_network(pipe, ConfigError)
+    component = next(part for part in ANY_COMPONENTS if getattr(pipe, part, None) is network)
+    return Base(as_source(open_weights(network), name), network, component, pipe)
 
 
-def _empty(folder: Path) -> nn.Module | None:
-    """The network that a pipeline's folder describes, on the meta device; None for one that is not diffusers' own."""
-    for row in NETWORKS:
-        place, kind = folder / row.component, getattr(diffusers, row.class_name)
-        config = kind.load_config(place) if (place / "config.json").is_file() else {}
-        if config.get("_class_name") == row.class_name:
+def _empty(folder: Path) -> tuple[str, nn.Module | None]:
+    """(component, network) that a pipeline's folder describes, on the meta device; None for one not of diffusers."""
+    for component in ANY_COMPONENTS:
+        place = folder / component
+        config = read_json(place / "config.json") if (place / "config.json").is_file() else {}
+        kind = getattr(diffusers, str(config.get("_class_name")), None)
+        if isinstance(kind, type) and issubclass(kind, ModelMixin):
             with init_empty_weights():
-                return kind.from_config(config)
-    return None
+                return component, kind.from_config(config)
+    return "", None

@@ -10,7 +10,7 @@ from torch import Tensor
 from perflow_diffusers.families import network_in
 from perflow_diffusers.words.shown import shown
 from perflow_training.errors import ConfigError
-from perflow_training.teacher.conditions import Conditions, Sizes, time_ids
+from perflow_training.teacher.conditions import Conditions, Rows, Sizes, time_ids
 
 Encoded = dict[str, Tensor]
 #: A diffusers pipeline: what it holds is known only when it runs.
@@ -71,10 +71,17 @@ def pipeline_encoders(pipe: Pipeline, model: str = "", device: torch.device | st
 
 def conditions_of(encoded: Mapping[str, Tensor], sizes: Sequence[Sizes]) -> Conditions:
     """Conditions of encoded captions; `sizes`, one a caption, is what SDXL is told of the pictures."""
-    pooled = encoded.get("pooled")
-    if pooled is None:
-        return Conditions(encoded["prompt_embeds"])
-    return Conditions(encoded["prompt_embeds"], pooled, time_ids(sizes).to(pooled.device))
+    return encoded_rows(encoded["prompt_embeds"], encoded.get("pooled"), time_ids(sizes))
+
+
+def encoded_rows(prompt_embeds: Tensor, pooled: Tensor | None = None, ids: Tensor | None = None) -> Conditions:
+    """What a UNet is told of captions: embeddings (B, L, D); some also `pooled` (B, P) and sizes, `ids` (B, 6)."""
+    rows: dict[str, Rows] = {"encoder_hidden_states": prompt_embeds}
+    if pooled is not None:
+        rows["added_cond_kwargs.text_embeds"] = pooled
+        if ids is not None:
+            rows["added_cond_kwargs.time_ids"] = ids.to(pooled.device)
+    return Conditions(rows)
 
 
 def encode_prompts(
@@ -100,7 +107,8 @@ def encode_prompts(
 
 def encode_empty(pipe: Pipeline, device: torch.device | str | None = None) -> Conditions:
     """One row: what the pipeline itself uses where no negative prompt is given (zeros for SDXL base)."""
-    return conditions_of(pipeline_encoders(pipe, device=device).empty_prompt(), [uncropped(pipe)])
+    encoded = pipeline_encoders(pipe, device=device).empty_prompt()
+    return encoded_rows(encoded["prompt_embeds"], encoded.get("pooled"))
 
 
 def encode_images(pipe: Pipeline, images: Tensor, noise: Tensor, batch_size: int = 16) -> Tensor:

@@ -1,5 +1,6 @@
 """Where a teacher is read from: its pipeline, with or without what encodes, and the folder that it came from."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,13 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from perflow_diffusers.families import NETWORKS, network_in
+from perflow_diffusers.families import ANY_COMPONENTS, NETWORKS, sole_network
 from perflow_diffusers.io.names import Where
 from perflow_diffusers.io.repository import reached
 from perflow_training.config import TrainingConfig
 from perflow_training.errors import ConfigError
 
 MODEL_INDEX = "model_index.json"
-WITHOUT_ENCODERS = (
-    "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder", "feature_extractor",
-    "safety_checker",
-)  # fmt: skip
 
 
 def load_pipeline(
@@ -42,10 +39,24 @@ def load_pipeline(
             f"can be had: {error}"
         ) from error
     if not encoders:
-        left_out = {part: None for part in WITHOUT_ENCODERS if part in components}
+        needed = {*ANY_COMPONENTS, "scheduler"}
+        left_out = {part: None for part, kind in components.items() if isinstance(kind, list) and part not in needed}
     elif "safety_checker" in components:
         left_out = {"safety_checker": None, "requires_safety_checker": False}
+    left_out = {**_missing(components), **left_out}
     return DiffusionPipeline.from_pretrained(name, dtype=torch.float32, variant=config.variant, **where, **left_out)
+
+
+def _missing(components: Mapping[str, Any]) -> dict[str, None]:
+    """What a pipeline's class wants and its folder has not: diffusers' loader is told so (a T5 that was left out)."""
+    kind = getattr(diffusers, str(components.get("_class_name")), None)
+    if kind is None:
+        return {}
+    wanted = inspect.signature(kind.__init__).parameters.values()
+    there = {name for name, value in components.items() if not isinstance(value, list) or value[0] is not None}
+    return {
+        one.name: None for one in wanted if one.name not in {"self", *there} and one.default is inspect.Parameter.empty
+    }
 
 
 def hub_options(name: str, revision: str | None) -> dict[str, Any]:
@@ -61,7 +72,8 @@ def hub_options(name: str, revision: str | None) -> dict[str, Any]:
 
 def folder_of(pipe: DiffusionPipeline) -> Path | None:
     """The folder that a pipeline was read from, in the Hub's cache or elsewhere; None if that is not known."""
-    folder = Path(str(network_in(pipe).config.get("_name_or_path", ""))).absolute().parent
+    network = sole_network(pipe, ConfigError)
+    folder = Path(str(network.config.get("_name_or_path", ""))).absolute().parent
     return folder if (folder / MODEL_INDEX).is_file() else None
 
 
