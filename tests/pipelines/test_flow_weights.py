@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from flow_builders import FLOW
 from safetensors.torch import load_file, save_file
 
 from perflow_diffusers import compute_delta, load_perflow, merge_delta, open_weights, set_delta_scale, unmerge_delta
-from perflow_diffusers.errors import MergeError, WeightSourceError
+from perflow_diffusers.errors import ArtifactError, MergeError, WeightSourceError
 from perflow_diffusers.weights import merge_files
 
 ONE_EACH = (
@@ -104,10 +105,12 @@ def test_of_two_transformers_one_has_to_be_named(tmp_path):
         open_weights(tmp_path / "both")
 
 
-def test_loading_an_accelerator_says_that_these_are_for_unets():
-    pipe = FLOW["sd3-text-to-image"](None).pipe
+def test_an_accelerator_of_a_unet_is_refused():
+    pipe = FLOW["sd3-text-to-image"](FlowMatchEulerDiscreteScheduler()).pipe
     before = bits(pipe.transformer)
-    with pytest.raises(MergeError, match=r"has no UNet \(it has a `transformer`\)"):
+    with pytest.raises(
+        ArtifactError, match=r"is for a `unet`.*StableDiffusion3Pipeline denoises with a `transformer`"
+    ):
         load_perflow(pipe, "miniature")
     assert all(torch.equal(weight, before[part]) for part, weight in bits(pipe.transformer).items())
 

@@ -23,6 +23,12 @@ NOISE_FACTS = (
 )
 
 
+#: The same of a flow-matching base, in the words of `FlowMatchEulerDiscreteScheduler`: those that the network depends
+#: on, and those that only place a sampler's steps.
+FLOW_NETWORK_FACTS = ("num_train_timesteps", "invert_sigmas")
+FLOW_SHIFT_FACTS = ("shift", "use_dynamic_shifting")
+
+
 @dataclass(frozen=True)
 class Base:
     """What a base network was trained on.
@@ -54,3 +60,9 @@ def base_of(config: Mapping[str, Any]) -> Base:
 def noise_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The facts about noise that a config states, by their names; those that are None say nothing."""
     return {key: config[key] for key in NOISE_FACTS if config.get(key) is not None}
+
+
+def flow_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts about a flow-matching base that its scheduler's config states; `flow_shift` is its `shift`, too."""
+    given = {"shift": config.get("flow_shift"), **{key: value for key, value in config.items() if value is not None}}
+    return {key: given[key] for key in (*FLOW_NETWORK_FACTS, *FLOW_SHIFT_FACTS) if given.get(key) is not None}

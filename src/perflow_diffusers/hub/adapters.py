@@ -1,5 +1,6 @@
-"""A LoRA as one more PEFT adapter of a UNet, beside others that stay as they are."""
+"""A LoRA as one more PEFT adapter of a network, beside others that stay as they are."""
 
+import inspect
 import json
 import math
 import tempfile
@@ -14,10 +15,10 @@ from diffusers.utils import is_peft_available
 
 from perflow_diffusers.errors import ArtifactError
 from perflow_diffusers.families import FIRST_LAYERS, is_wider
-from perflow_diffusers.hub.network import live_shapes
+from perflow_diffusers.hub.network import component_in, live_shapes
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.make.convert import convert_lora
-from perflow_diffusers.weights.read.live import find_unet
+from perflow_diffusers.weights.read.live import find_network
 from perflow_diffusers.weights.read.lora import RESIDUAL_KEY, as_delta
 from perflow_diffusers.weights.read.lora_layers import ADAPTER_METADATA, lora_layers
 from perflow_diffusers.weights.scales import Strength
@@ -36,9 +37,9 @@ def obstacle(pipe: Any, lora: WeightSource, delta: WeightSource) -> str | None:
     """
     if not is_peft_available():
         return "PEFT is not installed"
-    if not hasattr(pipe, "load_lora_weights"):
+    if not hasattr(pipe, "load_lora_weights") or not hasattr(pipe, f"load_lora_into_{component_in(pipe)}"):
         return f"{type(pipe).__name__} takes no LoRAs"
-    unet = find_unet(pipe)
+    unet = find_network(pipe)
     if any(layer.merged for _, layer in _layers(unet)):  # PEFT then passes over all other adapters of the layer
         return "other LoRAs are fused into its layers"
     if any(layer.disable_adapters for _, layer in _layers(unet)):
@@ -54,7 +55,7 @@ def attach(pipe: Any, lora: WeightSource, strength: Strength) -> None:
 
     All or nothing. Raises `ArtifactError` if the name is taken. See `obstacle` for what has to be so.
     """
-    unet = find_unet(pipe)
+    unet = find_network(pipe)
     if ADAPTER in getattr(unet, "peft_config", {}):
         raise ArtifactError(
             f"An adapter '{ADAPTER}' is on the UNet already. Delete it first: pipe.delete_adapters('{ADAPTER}')."
@@ -65,9 +66,11 @@ def attach(pipe: Any, lora: WeightSource, strength: Strength) -> None:
         with warnings.catch_warnings():
             # PEFT warns of any second adapter, which is what is wanted here.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`|Adapter perflow was active")
-            pipe.load_lora_into_unet(
-                state, network_alphas=alphas, unet=pipe.unet, adapter_name=ADAPTER, metadata=metadata, _pipeline=pipe
-            )
+            part = component_in(pipe)
+            load = getattr(pipe, f"load_lora_into_{part}")
+            given = {"network_alphas": alphas} if "network_alphas" in inspect.signature(load).parameters else {}
+            given[part] = getattr(pipe, part)
+            load(state, adapter_name=ADAPTER, metadata=metadata, _pipeline=pipe, **given)
         others = next(iter(active.values()), [])
         for name, layer in _layers(unet):  # every layer is told all names, as PEFT does it
             layer.set_adapter([*active.get(name, others), ADAPTER], inference_mode=True)
@@ -85,7 +88,7 @@ def attach(pipe: Any, lora: WeightSource, strength: Strength) -> None:
 
 def _state(pipe: Any, lora: WeightSource) -> tuple[Any, Any, Any]:
     """State dict, alphas and metadata of a LoRA, as the pipeline's own loader reads its own layout."""
-    shapes = live_shapes(find_unet(pipe))
+    shapes = live_shapes(find_network(pipe))
     if any(layer.prefix for layer in lora_layers(lora, shapes)):
         # Our own conversion from kohya's layout: it drops no layer, and keeps alphas and header apart.
         with tempfile.TemporaryDirectory() as scratch:
@@ -98,14 +101,17 @@ def _state(pipe: Any, lora: WeightSource) -> tuple[Any, Any, Any]:
 
 
 def _read(pipe: Any, lora: WeightSource) -> tuple[Any, Any, Any]:
-    found = pipe.lora_state_dict({name: lora[name].clone() for name in lora}, return_lora_metadata=True)
+    wanted = {"return_lora_metadata": True}
+    if "return_alphas" in inspect.signature(pipe.lora_state_dict).parameters:  # else they are left in the state dict
+        wanted["return_alphas"] = True
+    found = pipe.lora_state_dict({name: lora[name].clone() for name in lora}, **wanted)
     said = lora.metadata.get(ADAPTER_METADATA)
     return found[0], found[1] if len(found) == 3 else None, json.loads(said) if said else None
 
 
 def check_detachable(pipe: Any) -> None:
     """Raises `ArtifactError` if the adapter "perflow" is fused: then taking it out would leave its weights there."""
-    unet = find_unet(pipe)
+    unet = find_network(pipe)
     if getattr(unet, "peft_config", None) and any(ADAPTER in layer.merged_adapters for _, layer in _layers(unet)):
         raise ArtifactError(
             "PeRFlow's LoRA is fused into the weights by `pipe.fuse_lora()`. Call `pipe.unfuse_lora()` first, which "
@@ -116,7 +122,7 @@ def check_detachable(pipe: Any) -> None:
 def detach(pipe: Any) -> None:
     """Delete the adapter "perflow", if it is there; others stay, active or not, and layers that it alone had wrapped
     are unwrapped."""
-    unet = find_unet(pipe)
+    unet = find_network(pipe)
     for name, layer in list(_layers(unet)):
         if ADAPTER in layer.active_adapters:  # otherwise PEFT would activate another one in its place
             layer.set_adapter([other for other in layer.active_adapters if other != ADAPTER], inference_mode=True)
@@ -213,7 +219,7 @@ def drop_empty_wrappers(pipe: Any) -> None:
 
 def _modules(pipe: Any) -> list[torch.nn.Module]:
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    return [find_unet(pipe), *(part for part in parts if part is not pipe.unet)]
+    return [find_network(pipe), *(part for part in parts if part is not getattr(pipe, component_in(pipe)))]
 
 
 def _unwrap(unet: torch.nn.Module, name: str, layer: Any) -> None:

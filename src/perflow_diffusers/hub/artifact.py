@@ -11,12 +11,11 @@ from perflow_diffusers.hub.find import Found, find, from_folder
 from perflow_diffusers.hub.push import push_perflow
 from perflow_diffusers.hub.said import FORMAT_VERSION, from_metadata
 from perflow_diffusers.hub.save import save_artifact
-from perflow_diffusers.hub.settings import Settings
+from perflow_diffusers.hub.settings import AnyScheduler, Settings
 from perflow_diffusers.io.names import HubOptions, Where
-from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import WeightSource
 from perflow_diffusers.weights.make.delta import content_hash
-from perflow_diffusers.weights.read.live import find_unet
+from perflow_diffusers.weights.read.live import find_network
 from perflow_diffusers.words.arguments import path_of
 from perflow_diffusers.words.shown import folded, html_facts
 
@@ -32,7 +31,9 @@ class _Former(str):
 class PeRFlowArtifact(Settings):
     """A delta or LoRA, how it was trained, and how it is to be used.
 
-    Fields: `prediction_type` and `num_time_windows` or `window_boundaries`: what the scheduler needs.
+    Fields: `prediction_type` and `num_time_windows` or `window_boundaries`: what the scheduler needs. `process`,
+    `window_shift`: the same of a flow-matching base ("flow", and the shift of its windows' time), whose
+    `window_boundaries` are noise levels.
     `recommended_steps` and `guidance_scale`: for sampling (`steps` is the first of them). `solve_guidance`: of the
     teacher while training. `base_model`, `base_hash`, `base_prediction_type`, `network`, `base_sample`, `noise`,
     `t_noise`, `t_clean`: what the pipeline must be like. `license`, `recipe`: for people. `files`: form ("delta",
@@ -117,8 +118,8 @@ class PeRFlowArtifact(Settings):
         return cls(**known, guidance_scale=sampling, files=dict(found.sources), folder=found.folder, name=found.name)
 
     def is_base(self, pipe_or_unet: Any) -> bool:
-        """Whether a UNet is bit for bit the base (in the same dtype); reads all of its weights."""
-        return self.base_hash is not None and content_hash(find_unet(pipe_or_unet)) == self.base_hash
+        """Whether a network is bit for bit the base (in the same dtype); reads all of its weights."""
+        return self.base_hash is not None and content_hash(find_network(pipe_or_unet)) == self.base_hash
 
     def save(
         self,
@@ -162,6 +163,6 @@ PeRFlowArtifact.licence = property(  # type: ignore[attr-defined]
 )
 
 
-def perflow_scheduler(config: Any, metadata: Mapping[str, str]) -> PeRFlowScheduler:
+def perflow_scheduler(config: Any, metadata: Mapping[str, str]) -> AnyScheduler:
     """PeRFlow's scheduler for a pipeline's scheduler config and what a delta's header says of its training."""
     return PeRFlowArtifact.from_header(dict(metadata)).make_scheduler(config)

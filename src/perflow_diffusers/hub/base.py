@@ -8,24 +8,27 @@ from typing import Any
 
 import diffusers
 
-from perflow_diffusers.flow import BASE_TYPES, noise_facts
+from perflow_diffusers.families import ANY_COMPONENTS
+from perflow_diffusers.flow import BASE_TYPES, flow_facts, noise_facts
 from perflow_diffusers.hub.network import sample_base, signature
 from perflow_diffusers.io.documents import read_json
+from perflow_diffusers.schedulers.base_config import flow_refusal
 from perflow_diffusers.weights.merge.layers import before_merges
-from perflow_diffusers.weights.read.live import find_unet
+from perflow_diffusers.weights.read.live import find_network
 
 
 def base_facts(base: Any) -> dict[str, Any]:
     """What a base says about itself, as fields of an artefact: network, base_sample, noise, base_prediction_type.
 
-    `base`: a pipeline, its folder, or a UNet (which says nothing about noise and prediction). What is merged into it
+    `base`: a pipeline, its folder, or a network (which says nothing of noise and prediction). What is merged into it
     does not count.
     """
     if isinstance(base, str | os.PathLike):
         folder = Path(base).expanduser()
-        network: Any = _configuration(folder / "unet" / "config.json") or _configuration(folder / "config.json")
+        configs = (_configuration(folder / name / "config.json") for name in (*ANY_COMPONENTS, ""))
+        network: Any = next((config for config in configs if config), {})
     else:
-        network = find_unet(base)
+        network = find_network(base)
     facts = {"base_sample": sample_base(base_weights(base)), "network": signature(network)}
     facts.update(scheduler_facts(scheduler_config(base)))
     return {key: value for key, value in facts.items() if value}
@@ -38,7 +41,7 @@ def base_weights(base: Any) -> Any:
     """
     if isinstance(base, str | os.PathLike | Mapping):
         return base
-    return before_merges(find_unet(base))
+    return before_merges(find_network(base))
 
 
 def scheduler_config(base: Any) -> dict[str, Any]:
@@ -50,6 +53,8 @@ def scheduler_config(base: Any) -> dict[str, Any]:
 
 def scheduler_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields `noise` and `base_prediction_type`, as far as a complete scheduler configuration has them."""
+    if config and flow_refusal(config) is None:
+        return {"noise": flow_facts(config)}
     noise = noise_facts(config)
     if "trained_betas" in noise:
         noise["trained_betas"] = [float(beta) for beta in noise["trained_betas"]]

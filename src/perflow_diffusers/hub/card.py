@@ -167,8 +167,8 @@ def _forms(forms: Sequence[str]) -> list[str]:
 def _settings_table(said: Settings, guidance: float) -> list[str]:
     rows = {
         "prediction type": said.prediction_type,
-        "time windows": str(said.num_time_windows)
-        + (f", boundaries {list(said.window_boundaries)}" if said.window_boundaries else ""),
+        "process": "flow matching" if said.is_flow else "None",
+        "time windows": said.windows_in_words,
         "steps": said.steps_in_words,
         "guidance scale at sampling": str(guidance),
         "guidance of the teacher in training": str(said.solve_guidance),

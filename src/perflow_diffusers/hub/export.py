@@ -24,7 +24,7 @@ from perflow_diffusers.io.documents import read_json, write_json
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import merge_delta, open_weights
 from perflow_diffusers.weights.merge.undo import rescale_merge
-from perflow_diffusers.weights.read.live import find_unet
+from perflow_diffusers.weights.read.live import find_network
 from perflow_diffusers.weights.read.lora import as_delta
 from perflow_diffusers.words.arguments import path_of
 
@@ -71,7 +71,7 @@ def export_pipeline(
             f"The LoRAs {', '.join(other_adapters(pipe))} are attached, and a saved pipeline cannot carry them. Fuse "
             "them (`pipe.fuse_lora(adapter_names=[...])`, `pipe.delete_adapters(...)`) or delete them first."
         )
-    if (mine := companion(pipe)) is not None and mine.weights and (fault := faulty(find_unet(pipe))) is not None:
+    if (mine := companion(pipe)) is not None and mine.weights and (fault := faulty(find_network(pipe))) is not None:
         raise ArtifactError(f"{mine.artifact.name} is not whole in this pipeline: {fault}")
     _check_known_to_diffusers(pipe)
     _check_target(target, overwrite)
@@ -113,7 +113,7 @@ def _merged(pipe: Any) -> Iterator[None]:
     if state is None or not state.attached:
         yield
         return
-    lora, unet, name = open_weights(state.artifact.lora_file), find_unet(pipe), state.artifact.name
+    lora, unet, name = open_weights(state.artifact.lora_file), find_network(pipe), state.artifact.name
     for number in reversed(state.merges):
         rescale_merge(unet, number, name, 0)  # the whole LoRA, residual included, is merged below
     detach(pipe)

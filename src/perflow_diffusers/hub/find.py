@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.errors import ArtifactError, Unreachable
+from perflow_diffusers.families import ANY_COMPONENTS
 from perflow_diffusers.families.published import Published, published
 from perflow_diffusers.hub.said import Said, checked, from_metadata, from_scheduler
 from perflow_diffusers.io.documents import read_json
@@ -36,7 +37,7 @@ _NO_VARIANT = (
     "{} is an artefact whose settings name its files: it has no variant '{}'. Leave `variant` out, and pass "
     "`weights=`, `revision=` or `subfolder=` for other weights."
 )
-_DECISIVE = ("prediction_type", "num_time_windows", "window_boundaries")
+_DECISIVE = ("prediction_type", "process", "num_time_windows", "window_boundaries", "window_shift")
 
 
 @shown
@@ -60,7 +61,8 @@ def find(source: Any, weights: str = "auto", where: Where | None = None) -> Foun
     where = where or Where()
     if weights not in CHOICES:
         raise ArtifactError(f"weights={weights!r} is unknown. Pass one of {', '.join(CHOICES[:3])}.")
-    if isinstance(source, torch.nn.Module) or isinstance(getattr(source, "unet", None), torch.nn.Module):
+    parts = (getattr(source, name, None) for name in ANY_COMPONENTS)
+    if isinstance(source, torch.nn.Module) or any(isinstance(part, torch.nn.Module) for part in parts):
         raise ArtifactError(
             f"{in_words(source)} is a model, where an accelerator belongs (a folder, file, short name or Hub id). The "
             "pipeline comes first, `load_perflow(pipe, source)`; an accelerator is made of two models by "

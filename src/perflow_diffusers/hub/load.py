@@ -15,18 +15,24 @@ from perflow_diffusers.errors import ArtifactError, MergeError
 from perflow_diffusers.families.published import published
 from perflow_diffusers.hub.adapters import activate, attach, check_adapter, check_detachable, detach, obstacle
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
-from perflow_diffusers.hub.family import check_family, check_pipeline, warn_of_scheduler
+from perflow_diffusers.hub.family import (
+    check_component,
+    check_family,
+    check_pipeline,
+    check_process,
+    warn_of_scheduler,
+)
 from perflow_diffusers.hub.find import find
 from perflow_diffusers.hub.network import live_shapes, live_weights, shape_misfit
 from perflow_diffusers.hub.recognise import published_pipeline, settings_of
+from perflow_diffusers.hub.settings import AnyScheduler, short
 from perflow_diffusers.hub.state import Companion, Loaded, companion, keep, loaded, was_taken_out
 from perflow_diffusers.io.names import HubOptions, Where
-from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.weights import MergeHandle, WeightSource, merge_delta, open_weights
 from perflow_diffusers.weights.merge.layers import Backup, acting_plans, is_lost, layer_of, stack_of
 from perflow_diffusers.weights.merge.undo import rescale_merge, undo_merge
 from perflow_diffusers.weights.merge.within import WITHIN, share_within
-from perflow_diffusers.weights.read.live import find_unet
+from perflow_diffusers.weights.read.live import find_network
 from perflow_diffusers.weights.read.locate import SHORT_NAMES
 from perflow_diffusers.weights.read.lora import Rebuilt, as_delta
 from perflow_diffusers.weights.scales import Scale, Strength, strength_of
@@ -51,7 +57,7 @@ def load_perflow(
     """Make a pipeline a few-step one: its weights, its scheduler, and what to sample with, all from the artefact.
 
     `source`: a folder, a `.safetensors` file, a Hub id, a short name, or an artefact. `weights`: "delta" is merged
-    into the UNet (see `merge_delta`, also for `backup`), "lora" attached as the adapter "perflow" beside other LoRAs
+    into the network (see `merge_delta`, also for `backup`), "lora" attached as the adapter "perflow" beside others
     (merged, too, where it cannot be: a pipeline without LoRAs, more input channels, other LoRAs fused or switched
     off), "auto" the delta if there is one. `scale`: strength of the weights, a number or numbers by block (see
     `set_perflow_scale`). The scheduler is made from the pipeline's own and the artefact's settings. `where`:
@@ -138,9 +144,11 @@ def _load(
     backup: Backup,
 ) -> PeRFlowArtifact:
     """`given`: the weights of this form, opened; all that is done with them reads this one source."""
-    unet = find_unet(pipe)
-    check_family(artifact, pipe, unet, strict)
+    unet = find_network(pipe)
+    check_process(artifact, pipe.scheduler.config)
     delta = as_delta(given, live_shapes(unet) if given.kind == "lora" else None, on_base=True)
+    check_component(artifact, delta, pipe)
+    check_family(artifact, pipe, unet, strict)
     if strict:
         _check_not_within(artifact, delta, unet)
     scheduler = artifact.make_scheduler(pipe.scheduler.config)
@@ -188,14 +196,14 @@ def unload_perflow(pipe: Any, *, force: bool = False) -> None:
     state, mine = loaded(pipe), companion(pipe)
     if state is None and mine is None:
         raise ArtifactError("Nothing is loaded into this pipeline by `load_perflow`. Was it loaded into another one?")
-    if state is None and mine is not None and mine.weights and not force and not was_taken_out(find_unet(pipe)):
+    if state is None and mine is not None and mine.weights and not force and not was_taken_out(find_network(pipe)):
         raise ArtifactError(
             f"{mine.artifact.name} is no longer in this pipeline: its UNet is another one than that which it was "
             "loaded into. Nothing was changed. Pass force=True to put the former scheduler back all the same."
         )
     if state is not None:
-        _take_out(pipe, find_unet(pipe), state, force)
-        keep(find_unet(pipe), None)
+        _take_out(pipe, find_network(pipe), state, force)
+        keep(find_network(pipe), None)
     if mine is not None:
         pipe.scheduler = mine.restored()
     elif state is not None:
@@ -229,7 +237,7 @@ def set_perflow_scale(pipe: Any, scale: Scale) -> None:
     Raises `ArtifactError` if nothing is loaded, for a scale that is no finite number or names no block of the UNet,
     and if its LoRA was removed or LoRAs are fused; `MergeError` as `unload_perflow` does. Then nothing is changed.
     """
-    unet, state = find_unet(pipe), loaded(pipe)
+    unet, state = find_network(pipe), loaded(pipe)
     if state is None:
         raise ArtifactError("Nothing is loaded into this pipeline by `load_perflow`, so there is no strength to set.")
     strength = _strength(scale, unet)
@@ -242,7 +250,7 @@ def set_perflow_scale(pipe: Any, scale: Scale) -> None:
     keep(unet, replace(state, strength=strength))
 
 
-def set_scheduler(pipe: Any, source: Any = None, **where: Unpack[HubOptions]) -> PeRFlowScheduler:
+def set_scheduler(pipe: Any, source: Any = None, **where: Unpack[HubOptions]) -> AnyScheduler:
     """Give a pipeline that has PeRFlow in its weights the right scheduler; returns it.
 
     Published pipelines are recognised by their name (a Hub id, or a local folder of that name), exported ones by the
@@ -260,7 +268,8 @@ def set_scheduler(pipe: Any, source: Any = None, **where: Unpack[HubOptions]) ->
     return _set_scheduler(pipe, artifact, pipe.scheduler if mine is None else mine.restored())
 
 
-def _set_scheduler(pipe: Any, artifact: PeRFlowArtifact, former: Any) -> PeRFlowScheduler:
+def _set_scheduler(pipe: Any, artifact: PeRFlowArtifact, former: Any) -> AnyScheduler:
+    check_process(artifact, former.config)
     scheduler = artifact.make_scheduler(former.config)
     warn_of_scheduler(artifact, former.config)
     scheduler._before_run = Companion(artifact, former, pipe, weights=False)
@@ -313,10 +322,10 @@ def _residual(delta: WeightSource, unet: torch.nn.Module) -> WeightSource | None
     return replace(source, metadata={**source.metadata, "identical": others})
 
 
-def _summary(artifact: PeRFlowArtifact, what: str, scheduler: PeRFlowScheduler) -> str:
+def _summary(artifact: PeRFlowArtifact, what: str, scheduler: AnyScheduler) -> str:
     """A warning though nothing is wrong: the pipeline's own guidance is another, and only its caller can pass this."""
     guidance = "" if artifact.guidance_scale is None else f", guidance_scale={artifact.guidance_scale:g}"
     return (
         f"PeRFlow from {artifact.name}: sample with num_inference_steps={artifact.steps_in_words}{guidance} ({what}; "
-        f"PeRFlowScheduler({scheduler.config['perflow_type']}, boundaries {list(scheduler.windows.boundaries)}))."
+        f"{type(scheduler).__name__}({artifact.prediction_type}, boundaries {short(scheduler.windows.boundaries)}))."
     )

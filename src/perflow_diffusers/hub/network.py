@@ -5,25 +5,34 @@ from typing import Any
 
 import torch
 
-from perflow_diffusers.families import FIRST_LAYERS, NETWORKS, family_in_words
+from perflow_diffusers.families import ANY_COMPONENTS, FIRST_LAYERS, NETWORKS, family_in_words
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.merge.within import values
 from perflow_diffusers.weights.read import live
 from perflow_diffusers.weights.read.keys import grouped
-from perflow_diffusers.weights.read.live import find_unet
+from perflow_diffusers.weights.read.live import find_network
 
 #: Keys of a configuration that tell families apart; inputs may differ (inpainting), these may not.
 SIGNATURE = tuple(dict.fromkeys(key for network in NETWORKS for key in network.signature))
+# Of networks that no row of `NETWORKS` describes: what nearly all transformers say of themselves.
+_OTHERS = ("_class_name", "num_layers", "num_attention_heads", "attention_head_dim")
 _TENSORS = 12
 # Distances of the sampled weights: up to the first, rounding explains them; beyond the second, nothing is shared.
 _ROUNDING, _UNRELATED = 0.003, 0.9
 
 
-def signature(unet: Any) -> dict[str, Any]:
-    """The part of a UNet's configuration (or of one given as such) that its accelerators share, as JSON knows it."""
-    config = unet if isinstance(unet, Mapping) else getattr(unet, "config", {})
-    found = {key: config[key] for key in SIGNATURE if config.get(key) is not None}
+def signature(network: Any) -> dict[str, Any]:
+    """The part of a network's configuration (or of one given so) that its accelerators share, as JSON knows it."""
+    config = network if isinstance(network, Mapping) else getattr(network, "config", {})
+    known = {one.class_name for one in NETWORKS}
+    keys = SIGNATURE if config.get("_class_name") in {None, *known} or set(SIGNATURE) & set(config) else _OTHERS
+    found = {key: config[key] for key in keys if config.get(key) is not None}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+
+
+def component_in(pipe: Any) -> str:
+    """What a pipeline calls the network that it denoises with."""
+    return next(name for name in ANY_COMPONENTS if getattr(pipe, name, None) is not None)
 
 
 def sample_base(base: Any) -> dict[str, list[float]]:
@@ -41,7 +50,7 @@ def relation(sample: Mapping[str, Any], pipe_or_unet: Any) -> str:
     "base" allows for a cast to fp16 or bf16. Reads a few hundred numbers. "unknown" without a sample, and for weights
     that are elsewhere (offloaded, quantised).
     """
-    weights = live_weights(find_unet(pipe_or_unet))
+    weights = live_weights(find_network(pipe_or_unet))
     squares, total = 0.0, 0.0
     for name, numbers in sample.items():
         weight = weights.get(name)

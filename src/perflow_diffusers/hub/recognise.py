@@ -10,7 +10,7 @@ from perflow_diffusers.families.published import Published, published
 from perflow_diffusers.flow import PREDICTION_TYPES
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.hub.find import Found
-from perflow_diffusers.hub.said import from_scheduler
+from perflow_diffusers.hub.said import FLOW_SCHEDULER, from_scheduler
 from perflow_diffusers.io.documents import read_json
 from perflow_diffusers.io.names import Where
 from perflow_diffusers.io.repository import cached_folder, download_settings, list_repository
@@ -39,6 +39,8 @@ def recognised(pipe: Any, where: Where | None = None) -> PeRFlowArtifact | None:
 
 def in_configuration(config: Mapping[str, Any]) -> bool:
     """Whether a scheduler's configuration, of any age, is one for PeRFlow's weights."""
+    if config.get("_class_name") == FLOW_SCHEDULER:
+        return True
     kinds = (config.get("perflow_type"), config.get("prediction_type"))
     return any(isinstance(kind, str) and kind in PREDICTION_TYPES for kind in kinds)
 

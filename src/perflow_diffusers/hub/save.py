@@ -104,8 +104,11 @@ def _completed(said: Settings, base: Any) -> Settings:
 def _scheduler(said: Settings, base: Any) -> str:
     """The JSON of our scheduler's configuration."""
     known = {**said.noise, "prediction_type": said.base_prediction_type}
+    if said.is_flow and base is None:
+        known["_class_name"] = "FlowMatchEulerDiscreteScheduler"
     known = {key: value for key, value in known.items() if value is not None}
     own = scheduler_config(base)
     if "_use_default_values" in own:  # only of a live scheduler, by which it is told from a plain dict
         known["_use_default_values"] = [key for key in own["_use_default_values"] if key not in known]
-    return said.make_scheduler({**own, **known}).to_json_string()
+    scheduler: Any = said.make_scheduler({**own, **known})
+    return str(scheduler.to_json_string())

@@ -1,26 +1,33 @@
 """How an accelerator was trained and is to be used, without its files: `Settings`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from perflow_diffusers.errors import ArtifactError
-from perflow_diffusers.hub.said import expectation
+from perflow_diffusers.flow import SigmaWindows
+from perflow_diffusers.hub.said import expectation, flow_misfit, process_of
+from perflow_diffusers.schedulers.scheduling_flow_match_perflow import FlowMatchPeRFlowScheduler
 from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
 from perflow_diffusers.words.shown import LongDict, shorten
+
+AnyScheduler = PeRFlowScheduler | FlowMatchPeRFlowScheduler
 
 
 @dataclass(frozen=True, repr=False)
 class Settings:
     """What `perflow.json`, a header and a card say of an accelerator; the fields are those of `PeRFlowArtifact`.
 
+    One of a flow-matching base has `process` "flow", `window_boundaries` that are noise levels, and their
+    `window_shift`; any of the three says so.
+
     Raises `ArtifactError` for settings out of their limits.
     """
 
     prediction_type: str
     num_time_windows: int = 4
-    window_boundaries: tuple[int, ...] | None = None
+    window_boundaries: tuple[int, ...] | tuple[float, ...] | None = None
     recommended_steps: tuple[int, ...] = ()
     guidance_scale: float | None = None
     solve_guidance: float | None = None
@@ -34,6 +41,8 @@ class Settings:
     base_sample: Mapping[str, Any] = field(default_factory=dict)
     noise: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    process: str | None = None
+    window_shift: float | None = None
 
     def __post_init__(self) -> None:
         for name in (one.name for one in fields(self)):
@@ -42,15 +51,43 @@ class Settings:
             expected = expectation(stored, value) if value != () else None
             if expected is not None:
                 raise ArtifactError(f"PeRFlowArtifact({name}={value!r:.80}); expected {expected}.")
+        object.__setattr__(self, "process", process_of(vars(self)))
+        if self.is_flow:
+            self._complete_flow()
         shorten(self)
+
+    def _complete_flow(self) -> None:
+        wrong = flow_misfit(vars(self))
+        if wrong is not None:
+            raise ArtifactError(f"PeRFlowArtifact({wrong[0]}={getattr(self, wrong[0])!r:.80}); expected {wrong[1]}.")
+        if self.window_shift is None:
+            raise ArtifactError(
+                "PeRFlowArtifact(window_shift=None) for a flow-matching base; expected the shift of the time in which "
+                "the steps inside its windows are even, as it was trained (1.0 for even noise levels)."
+            )
+        try:
+            if self.window_boundaries is None:
+                windows = SigmaWindows.uniform(self.num_time_windows, self.window_shift)
+            else:
+                windows = SigmaWindows(tuple(self.window_boundaries), self.window_shift)
+        except ValueError as error:
+            raise ArtifactError(f"PeRFlowArtifact(window_boundaries=...): {error}") from None
+        object.__setattr__(self, "window_boundaries", windows.boundaries)
+        object.__setattr__(self, "num_time_windows", windows.num_windows)
+        object.__setattr__(self, "window_shift", windows.shift)
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether its base is one of flow matching, rather than a diffusion with betas."""
+        return self.process is not None
 
     @property
     def facts(self) -> dict[str, Any]:
         """What people want to know, by its name in words, as far as it is said."""
-        boundaries = f", boundaries {list(self.window_boundaries)}" if self.window_boundaries else ""
         rows = {
             "prediction type": self.prediction_type,
-            "time windows": f"{self.num_time_windows}{boundaries}",
+            "process": self.process,
+            "time windows": self.windows_in_words,
             "recommended steps": self.steps_in_words,
             "recommended guidance": self.guidance_scale,
             "guidance in training": self.solve_guidance,
@@ -60,6 +97,13 @@ class Settings:
             "network": ", ".join(f"{key} {value}" for key, value in self.network.items()) or None,
         }
         return LongDict({name: value for name, value in rows.items() if value is not None})
+
+    @property
+    def windows_in_words(self) -> str:
+        """Number, boundaries and shift of the windows: "4, boundaries [1.0, 0.8571, 0.6667, 0.4, 0.0], shift 2"."""
+        shift = "" if self.window_shift is None else f", shift {self.window_shift:g}"
+        boundaries = f", boundaries {short(self.window_boundaries)}" if self.window_boundaries else ""
+        return f"{self.num_time_windows}{boundaries}{shift}"
 
     @property
     def steps_in_words(self) -> str:
@@ -76,8 +120,10 @@ class Settings:
         """All of it that is not a file, as `perflow.json` holds it (JSON types)."""
         content = {
             "prediction_type": self.prediction_type,
+            "process": self.process,
             "num_time_windows": self.num_time_windows,
             "window_boundaries": list(self.window_boundaries) if self.window_boundaries else None,
+            "window_shift": self.window_shift,
             "recommended_steps": list(self.recommended_steps) or None,
             "recommended_guidance_scale": self.guidance_scale,
             "solve_guidance": self.solve_guidance,
@@ -100,11 +146,15 @@ class Settings:
         said = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in self.settings.items()}
         return LongDict(said)
 
-    def make_scheduler(self, config: Any) -> PeRFlowScheduler:
+    def make_scheduler(self, config: Any) -> AnyScheduler:
         """PeRFlow's scheduler for these weights, from the configuration of the pipeline's own scheduler.
 
-        Raises ValueError if the noise schedule does not allow the prediction type.
+        `FlowMatchPeRFlowScheduler` for those of a flow-matching base, whose windows do not depend on the pipeline.
+        Raises ValueError if the base is of another process, or its noise schedule does not allow the prediction type.
         """
+        if self.is_flow:
+            windows = {"window_boundaries": list(self.window_boundaries or ()), "window_shift": self.window_shift}
+            return FlowMatchPeRFlowScheduler.from_config(config, reshift=False, **windows)
         options: dict[str, Any] = {"num_time_windows": self.num_time_windows}
         if self.window_boundaries is not None:
             options["window_boundaries"] = list(self.window_boundaries)
@@ -112,3 +162,8 @@ class Settings:
             if getattr(self, key) is not None:
                 options[key] = getattr(self, key)
         return PeRFlowScheduler.from_config(config, prediction_type=self.prediction_type, **options)
+
+
+def short(boundaries: Iterable[float]) -> list[float]:
+    """Boundaries for people: noise levels to four decimals, timesteps as they are."""
+    return [round(boundary, 4) for boundary in boundaries]

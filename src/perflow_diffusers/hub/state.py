@@ -17,7 +17,7 @@ from perflow_diffusers.hub import guidance
 from perflow_diffusers.hub.adapters import faulty_adapter
 from perflow_diffusers.hub.artifact import PeRFlowArtifact
 from perflow_diffusers.weights.merge.layers import is_lost, layer_of
-from perflow_diffusers.weights.read.live import find_unet
+from perflow_diffusers.weights.read.live import find_network
 from perflow_diffusers.weights.scales import Strength
 from perflow_diffusers.words.shown import shown
 
@@ -61,7 +61,7 @@ class Companion:
         self._noticed = artifact.guidance_scale is None  # guidance
         self._copied = False
         self._pipe = _reference(pipe)
-        self._unet = _reference(find_unet(pipe)) if weights else _nothing
+        self._unet = _reference(find_network(pipe)) if weights else _nothing
 
     def __call__(self) -> None:
         """Warn if the weights are not at work, once for each reason, and of a guidance that is far off, once."""
@@ -83,7 +83,7 @@ class Companion:
         pipe = self._pipe()
         if pipe is not None and companion(pipe) is self:
             try:
-                self._unet = _reference(find_unet(pipe))  # for when the pipeline is gone, and a twin has its parts
+                self._unet = _reference(find_network(pipe))  # for when the pipeline is gone, and a twin has its parts
             except MergeError:
                 return None
         return self._unet()
@@ -120,7 +120,7 @@ def _reference(thing: Any) -> Any:
 def loaded(pipe_or_unet: Any) -> Loaded | None:
     """What `load_perflow` put into a UNet, or into that of a pipeline; None also where there is none."""
     try:
-        return vars(find_unet(pipe_or_unet)).get(_ON_UNET)
+        return vars(find_network(pipe_or_unet)).get(_ON_UNET)
     except MergeError:
         return None
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from perflow_diffusers.errors import MergeError, WeightSourceError
-from perflow_diffusers.families import network_in, sole_network
+from perflow_diffusers.families import ANY_COMPONENTS, network_in, sole_network
 from perflow_diffusers.weights.read import keys
 from perflow_diffusers.words.arguments import in_words
 
@@ -33,7 +33,8 @@ def find_network(pipe_or_network: Any) -> torch.nn.Module:
     """
     if isinstance(pipe_or_network, torch.nn.Module):
         return unwrapped(pipe_or_network)
-    return find_unet(sole_network(pipe_or_network, MergeError) or pipe_or_network)
+    found = sole_network(pipe_or_network, MergeError)
+    return find_unet(pipe_or_network if found is None else found)  # compiled modules have no truth value
 
 
 def _no_unet(given: Any) -> str:
@@ -53,10 +54,11 @@ def _no_unet(given: Any) -> str:
             "`load_perflow(pipe, source)`, `merge_delta(pipe, source)`, `set_perflow_scale(pipe, 0.5)`."
         )
     others = [part for part in ("transformer", "prior") if getattr(given, part, None) is not None]
-    has = f" (it has a `{others[0]}`)" if others else " (its `unet` is None)" if hasattr(given, "unet") else ""
+    missing = [name for name in ANY_COMPONENTS if hasattr(given, name)]
+    has = f" (it has a `{others[0]}`)" if others else f" (its `{missing[0]}` is None)" if missing else ""
     return (
-        f"{type(given).__name__} has no UNet{has}. Pass a UNet, or a pipeline whose `unet` is loaded; accelerators "
-        "are for the UNets of Stable Diffusion 1.x, 2.x and SDXL."
+        f"{type(given).__name__} has no UNet{has}. Pass a UNet or a transformer, or a pipeline that has one loaded; "
+        "published accelerators are for the UNets of Stable Diffusion 1.x, 2.x and SDXL."
     )
 
 
