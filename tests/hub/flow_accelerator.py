@@ -56,9 +56,9 @@ def make_accelerator(folder, **settings):
 
 
 def draw(pipe, steps=4, guidance_scale=1.0, **options):
-    """Two pictures (2, 32, 32, 3)."""
+    """Pictures (B, 32, 32, 3), two of one prompt unless `options` say another."""
     return pipe(
-        [PROMPT] * 2,
+        options.pop("prompt", [PROMPT] * 2),
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         generator=torch.Generator().manual_seed(0),
@@ -67,11 +67,11 @@ def draw(pipe, steps=4, guidance_scale=1.0, **options):
     ).images
 
 
-def drawn_by_diffusers(pipe, levels, guidance_scale=1.0):
+def drawn_by_diffusers(pipe, levels, guidance_scale=1.0, **options):
     """The same on the noise levels `levels` (the end 0 left out), with diffusers' Euler scheduler and its weights."""
     former = pipe.scheduler
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     try:
-        return draw(pipe, len(levels), guidance_scale, sigmas=np.array(levels))
+        return draw(pipe, len(levels), guidance_scale, sigmas=np.array(levels), **options)
     finally:
         pipe.scheduler = former

@@ -41,7 +41,7 @@ def artifact_card(
         INSTALL_NOTE,
         "",
         "```python",
-        *_pipeline(said.base_model),
+        *_pipeline(said),
         f"pf.load_perflow(pipe, {_literal(source)})  # the weights, and the scheduler they need",
         f"image = pipe({_literal(prompt)}, {call}).images[0]",
         'image.save("few-steps.png")',
@@ -125,11 +125,12 @@ def _base(said: Settings) -> str:
     return f"`{_inline(base)}`" if base else "checkpoints of the family below"
 
 
-def _pipeline(base: str | None) -> list[str]:
+def _pipeline(said: Settings) -> list[str]:
     """The lines of the snippet that make the pipeline."""
     ours = "import perflow_diffusers as pf"
+    base = said.base_model
     if base == "miniature":
-        return [ours, "", "pipe = pf.load_miniature()"]
+        return [ours, "", f"pipe = pf.load_miniature({_literal('flow') if said.is_flow else ''})"]
     made = loading(_literal(base or "a checkpoint of this family"))
     return ["import torch", "from diffusers import DiffusionPipeline", ours, "", *made]
 
@@ -155,7 +156,7 @@ def _pictures(samples: Sequence[tuple[str, str]]) -> list[str]:
 
 def _forms(forms: Sequence[str]) -> list[str]:
     said = {
-        "delta": "`perflow.safetensors`: the difference of all UNet weights; `load_perflow` merges it.",
+        "delta": "`perflow.safetensors`: the difference of all weights of the network; `load_perflow` merges it.",
         "lora": "`pytorch_lora_weights.safetensors`: the same as a LoRA in diffusers' layout: "
         '`load_perflow(pipe, ..., weights="lora")` attaches it beside other LoRAs.',
         "kohya": "`perflow_kohya.safetensors`: the LoRA in the layout of kohya, webui and ComfyUI. These need "

@@ -21,7 +21,7 @@ from perflow_diffusers.hub.recognise import PIPELINE_SETTINGS
 from perflow_diffusers.hub.state import companion, faulty, loaded
 from perflow_diffusers.io.atomic import whole
 from perflow_diffusers.io.documents import read_json, write_json
-from perflow_diffusers.schedulers.scheduling_perflow import PeRFlowScheduler
+from perflow_diffusers.schedulers import FlowMatchPeRFlowScheduler, PeRFlowScheduler
 from perflow_diffusers.weights import merge_delta, open_weights
 from perflow_diffusers.weights.merge.undo import rescale_merge
 from perflow_diffusers.weights.read.live import find_network
@@ -61,6 +61,11 @@ def export_pipeline(
     target = path_of(folder, "folder", 'export_pipeline(pipe, "folder")', ArtifactError)
     if form not in get_args(Form):
         raise ArtifactError(f"form={form!r} is unknown. Pass 'plain' or 'code'.")
+    if isinstance(pipe.scheduler, FlowMatchPeRFlowScheduler):
+        raise ArtifactError(
+            "Pipelines of flow-matching bases are not exported yet. With the weights merged, "
+            "`pipe.save_pretrained(folder)` writes one that loads where this package is imported."
+        )
     if not isinstance(pipe.scheduler, PeRFlowScheduler):
         raise ArtifactError(
             f"The pipeline's scheduler is {type(pipe.scheduler).__name__}. Load an accelerator with `load_perflow`, "
