@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from perflow_diffusers.miniature import MINIATURE_FLOW_LEFT_OUT
 from pictures import load_pictures
 from text import learn_tokenizer, new_text_encoder
 
@@ -82,6 +83,7 @@ class Diffusion:
 
     pipeline, network = StableDiffusionPipeline, "unet"
     texts: tuple[str, ...] = ("text_encoder",)
+    left_out: tuple[str, ...] = ()
 
     @staticmethod
     def new(vae_folder: Path) -> StableDiffusionPipeline:
@@ -122,6 +124,7 @@ class Flow:
 
     pipeline, network = StableDiffusion3Pipeline, "transformer"
     texts: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+    left_out = MINIATURE_FLOW_LEFT_OUT
 
     @staticmethod
     def new(vae_folder: Path) -> StableDiffusion3Pipeline:

@@ -59,7 +59,8 @@ def train(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     kind = BASES[args.process]
-    pipe: Any = kind.pipeline.from_pretrained(args.init) if args.init else kind.new(args.vae)
+    without = dict.fromkeys(kind.left_out)
+    pipe: Any = kind.pipeline.from_pretrained(args.init, **without) if args.init else kind.new(args.vae)
     base, network = kind(pipe), getattr(pipe, kind.network)
     samples = encode_samples(pipe, args.style)
     modules = torch.nn.ModuleDict({kind.network: network})
