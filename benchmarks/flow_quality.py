@@ -1,7 +1,8 @@
-"""The flow-matching miniature: where its guidance is best, and how far stock samplers get in few steps.
+"""The flow-matching miniature: where its guidance is best, and how far stock samplers and PeRFlow get in few steps.
 
     python benchmarks/flow_quality.py --out benchmarks/results/flow_miniature.md
     python benchmarks/flow_quality.py --guidance-sweep
+    python benchmarks/flow_quality.py --accelerated --transformer runs/miniature/flow-disco --style disco
 
 Reference: its own 100-step picture (Euler, shift 2) from the same noise at MINIATURE_FLOW_GUIDANCE, held-out prompts
 of the avatars. Pixel error: mean squared error, pixels in -1..1. Attributes: share of the attributes stated in the
@@ -20,6 +21,7 @@ import torch
 from torch.nn.functional import pad
 from tqdm import tqdm
 
+from perflow_diffusers import load_perflow
 from perflow_diffusers.miniature import MINIATURE_FLOW_GUIDANCE, load_miniature
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training" / "miniature"))
@@ -41,10 +43,15 @@ STOCK: dict[str, tuple[str, dict[str, Any], int, str]] = {
 class Bench:
     """Draws held-out prompts and judges the pictures."""
 
-    def __init__(self, pictures: int, seed: int) -> None:
+    def __init__(self, pictures: int, seed: int, style: str = "avatars", transformer: Path | None = None) -> None:
         self.pipe = load_miniature("flow")
+        if transformer is not None:
+            kind = type(self.pipe.transformer)
+            self.pipe.transformer = kind.from_pretrained(
+                transformer, subfolder="transformer", torch_dtype=torch.float32
+            )
         self.pipe.set_progress_bar_config(disable=True)
-        test = load_pictures("avatars", "test")
+        test = load_pictures(style, "test")
         self.attributes, self.stated = test.attributes[:pictures], test.stated[:pictures]
         base = Flow(self.pipe)
         self.cond, self.empty = self.encode(base, test.captions[:pictures]), self.encode(base, [""])
@@ -80,6 +87,9 @@ class Bench:
         return 100 * float(self.classifier.obeyed(pictures, self.attributes, self.stated).float().mean())
 
 
+HEADER = ("| sampler | evaluations | shift | pixel error | attributes % |", "|---|---|---|---|---|")
+
+
 def reference_scheduler() -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 
@@ -95,8 +105,7 @@ def guidance_sweep(bench: Bench, steps: int) -> list[str]:
 def few_steps(bench: Bench) -> list[str]:
     guidance = MINIATURE_FLOW_GUIDANCE
     reference = bench.draw(reference_scheduler(), 100, guidance)
-    rows = ["| sampler | evaluations | shift | pixel error | attributes % |", "|---|---|---|---|---|"]
-    rows.append(f"| Euler, 100 steps: the reference | 200 | {SHIFT:g} | | {bench.obeyed(reference):.1f} |")
+    rows = [f"| Euler, 100 steps: the reference | 200 | {SHIFT:g} | | {bench.obeyed(reference):.1f} |"]
     for evaluations in tqdm((4, 8, 16)):
         for name, (kind, options, calls, shifting) in STOCK.items():
             steps = evaluations // (2 * calls)
@@ -110,17 +119,38 @@ def few_steps(bench: Bench) -> list[str]:
     return rows
 
 
+def accelerated(bench: Bench) -> list[str]:
+    """The embedded accelerator: one network call a step, no guidance."""
+    reference = bench.draw(reference_scheduler(), 100, MINIATURE_FLOW_GUIDANCE)
+    rows = [f"| Euler, 100 steps: its own | 200 | {SHIFT:g} | | {bench.obeyed(reference):.1f} |"]
+    artifact = load_perflow(bench.pipe, "miniature-flow")
+    scheduler = bench.pipe.scheduler
+    for steps in (2, 4, 8, 16):
+        drawn = bench.draw(scheduler, steps, 1.0)
+        error = float((drawn - reference).pow(2).mean())
+        windows = f"{artifact.settings.num_time_windows} windows"
+        rows.append(f"| PeRFlow, {steps} steps | {steps} | {windows} | {error:.4f} | {bench.obeyed(drawn):.1f} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance-sweep", action="store_true")
     parser.add_argument("--sweep-steps", type=int, default=30)
+    parser.add_argument("--accelerated", action="store_true", help="the accelerator's rows alone")
+    parser.add_argument("--transformer", type=Path, help="folder of a fine-tuned pipeline, whose transformer is taken")
+    parser.add_argument("--style", default="avatars", choices=("avatars", "disco"), help="of the held-out prompts")
     parser.add_argument("--out", type=Path, help="write the table to this file, too")
     args = parser.parse_args()
-    bench = Bench(args.pictures, args.seed)
-    rows = guidance_sweep(bench, args.sweep_steps) if args.guidance_sweep else few_steps(bench)
-    title = f"# The flow-matching miniature: {args.pictures} held-out prompts, noise seed {args.seed}"
+    bench = Bench(args.pictures, args.seed, args.style, args.transformer)
+    if args.guidance_sweep:
+        rows = guidance_sweep(bench, args.sweep_steps)
+    else:
+        rows = [*HEADER, *([] if args.accelerated else few_steps(bench)), *accelerated(bench)]
+    title = f"# The flow-matching miniature: {args.pictures} held-out prompts of {args.style}, noise seed {args.seed}"
     text = "\n".join([title, "", *rows, ""])
     print(text)
     if args.out:

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 from perflow_diffusers import extract_lora
-from perflow_diffusers.miniature import MINIATURE_FLOW_LEFT_OUT, miniature_folder
+from perflow_diffusers.miniature import MINIATURE_FLOW_LEFT_OUT, load_miniature, miniature_folder
 from pictures import load_pictures
 
 LORA_RANK = 8  # what fits into 15 MB; what other ranks keep: benchmarks/delta_sizes.py
@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--flow", type=Path, help="folder of the trained flow-matching pipeline")
     parser.add_argument("--disco", type=Path, help="folder of the fine-tuned pipeline")
     parser.add_argument("--delta", type=Path, help="safetensors file of the accelerator")
+    parser.add_argument("--whole-flow", type=Path, help="write the embedded flow-matching pipeline, whole, to here")
+    parser.add_argument("--flow-delta", type=Path, help="safetensors file of the flow-matching pipeline's accelerator")
     parser.add_argument("--out", type=Path, default=miniature_folder(), help="folder of the embedded weights")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,11 @@ def main() -> None:
         (args.out / "delta").mkdir(exist_ok=True)
         shutil.copy(args.delta, args.out / "delta" / "perflow.safetensors")
         extract_lora(args.delta, args.out / "lora", rank=LORA_RANK, exact=True, overwrite=True)
+    if args.whole_flow:  # as it is embedded, in fp16, so that the delta belongs to these weights
+        load_miniature("flow").save_pretrained(args.whole_flow)
+    if args.flow_delta:
+        (args.out / "flow-delta").mkdir(exist_ok=True)
+        shutil.copy(args.flow_delta, args.out / "flow-delta" / "perflow.safetensors")
     total = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     print(f"{args.out}: {total / 1e6:.2f} MB")
 

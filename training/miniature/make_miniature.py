@@ -40,6 +40,11 @@ STAGES = {
         [ROOT / "training" / "train_perflow.py", "--config", ROOT / "training" / "configs" / "miniature.yaml"],
         [HERE / "export_assets.py", "--delta", RUNS / "perflow" / "perflow.safetensors"],
     ],
+    "perflow-flow": [
+        [HERE / "export_assets.py", "--whole-flow", RUNS / "flow-fp16"],
+        [ROOT / "training" / "train_perflow.py", "--config", ROOT / "training" / "configs" / "miniature-flow.yaml"],
+        [HERE / "export_assets.py", "--flow-delta", RUNS / "perflow-flow" / "perflow.safetensors"],
+    ],
 }  # fmt: skip
 
 
@@ -52,7 +57,9 @@ def main() -> None:
     for stage, commands in STAGES.items():
         if args.only and stage not in args.only:
             continue
-        if stage == "perflow" and (RUNS / stage).exists():  # its base has been trained anew: no run to go on with
+        if (
+            stage.startswith("perflow") and (RUNS / stage).exists()
+        ):  # its base has been trained anew: no run to go on with
             print(f"[{stage}] deletes the former run in {RUNS / stage}", flush=True)
             shutil.rmtree(RUNS / stage)
         began = time.time()

@@ -63,6 +63,7 @@ def _miniature(name: str) -> Path:
 #: Short name -> where it is: a Hub repository, or a function that gives a local file or folder.
 SHORT_NAMES: dict[str, HubSpec | Callable[[], Path]] = {
     "miniature": partial(_miniature, "delta/perflow.safetensors"),
+    "miniature-flow": partial(_miniature, "flow-delta/perflow.safetensors"),
     "miniature-lora": partial(_miniature, "lora/pytorch_lora_weights.safetensors"),
     **{
         entry.short_name: HubSpec(entry.repo_id, variant=entry.variant, metadata=entry.training)
