@@ -11,12 +11,14 @@ from typing import Any, Literal, get_args
 from huggingface_hub import ModelCard, ModelCardData
 
 from perflow_diffusers.errors import ArtifactError
-from perflow_diffusers.flow import PREDICTION_TYPES
+from perflow_diffusers.flow import PREDICTION_TYPES, SigmaWindows
+from perflow_diffusers.flow.sigma_windows import unshifted
 from perflow_diffusers.hub.adapters import attach, detach, drop_empty_wrappers, other_adapters
 from perflow_diffusers.hub.bundle import MODULE, scheduler_source
 from perflow_diffusers.hub.card import INSTALL_NOTE, PAPER, loading
 from perflow_diffusers.hub.family import check_pipeline
 from perflow_diffusers.hub.find import CARD
+from perflow_diffusers.hub.network import live_shapes
 from perflow_diffusers.hub.recognise import PIPELINE_SETTINGS
 from perflow_diffusers.hub.state import companion, faulty, loaded
 from perflow_diffusers.io.atomic import whole
@@ -32,6 +34,7 @@ Form = Literal["plain", "code"]
 
 _PACKAGE = "perflow_diffusers."
 # Keys of our scheduler's configuration that no stock one knows.
+_OURS_FLOW = ("num_time_windows", "window_boundaries", "window_shift", "reshift")
 _OURS = ("perflow_type", "num_time_windows", "window_boundaries", "t_noise", "t_clean")
 
 
@@ -48,10 +51,11 @@ def export_pipeline(
     """Save a pipeline with PeRFlow in its weights so that it loads without this package; returns the folder.
 
     `pipe`: after `load_perflow`, or `merge_delta` with a `PeRFlowScheduler`; it stays as it is. `form` "plain": a
-    stock DDIM scheduler in `model_index.json`, which is near but not the same (the card says how), and our scheduler's
-    configuration beside it, which `set_scheduler(pipe)` reads. "code": our scheduler, with its code in one file of
-    the repository; loading it asks for `trust_remote_code=True`. `base_model`, `license` (formerly
-    `licence`): for the card.
+    stock scheduler in `model_index.json`, and our scheduler's configuration beside it, which `set_scheduler(pipe)`
+    reads. The stock one is DDIM, which is near but not the same (the card says how); for a flow-matching base Euler,
+    which is the same where the pipeline takes `sigmas`, which the card's call passes. "code": our scheduler, with its
+    code in one file of the repository; loading it asks for `trust_remote_code=True`. `base_model`, `license`
+    (formerly `licence`): for the card.
 
     The folder appears when it is complete. Raises `ArtifactError` if it holds anything (`overwrite=True` replaces an
     earlier export, nothing else), if the pipeline has no `PeRFlowScheduler`, other LoRAs that are not fused, or parts
@@ -61,12 +65,13 @@ def export_pipeline(
     target = path_of(folder, "folder", 'export_pipeline(pipe, "folder")', ArtifactError)
     if form not in get_args(Form):
         raise ArtifactError(f"form={form!r} is unknown. Pass 'plain' or 'code'.")
-    if isinstance(pipe.scheduler, FlowMatchPeRFlowScheduler):
+    flow = isinstance(pipe.scheduler, FlowMatchPeRFlowScheduler)
+    if flow and form == "code":
         raise ArtifactError(
-            "Pipelines of flow-matching bases are not exported yet. With the weights merged, "
-            "`pipe.save_pretrained(folder)` writes one that loads where this package is imported."
+            "form='code' is for Stable Diffusion's schedulers. Pass form='plain': for a flow-matching base a stock "
+            "scheduler is as good, as the card says."
         )
-    if not isinstance(pipe.scheduler, PeRFlowScheduler):
+    if not flow and not isinstance(pipe.scheduler, PeRFlowScheduler):
         raise ArtifactError(
             f"The pipeline's scheduler is {type(pipe.scheduler).__name__}. Load an accelerator with `load_perflow`, "
             "or call `set_scheduler(pipe)`, before exporting."
@@ -123,7 +128,7 @@ def _merged(pipe: Any) -> Iterator[None]:
         rescale_merge(unet, number, name, 0)  # the whole LoRA, residual included, is merged below
     detach(pipe)
     try:
-        with merge_delta(pipe, as_delta(lora), state.strength.given):
+        with merge_delta(pipe, as_delta(lora, live_shapes(unet)), state.strength.given):
             yield
     finally:
         attach(pipe, lora, state.strength)
@@ -154,9 +159,32 @@ def _finish(pipe: Any, folder: Path, form: str, name: str, base_model: str | Non
     (folder / CARD).write_text(str(card), encoding="utf-8")
 
 
-def _stock(scheduler: PeRFlowScheduler) -> Any:
-    """The stock scheduler that comes nearest: DDIM from pure noise, with equal steps to the end."""
-    from diffusers import DDIMScheduler
+def _is_even(windows: SigmaWindows) -> bool:
+    """Whether windows are equally long in their own time, so that a stock scheduler's static shift gives them."""
+    return windows == SigmaWindows.uniform(windows.num_windows, windows.shift)
+
+
+def _sigmas(scheduler: FlowMatchPeRFlowScheduler, steps: int) -> list[float]:
+    """What a stock Euler scheduler of `_stock` is passed to take our `steps`."""
+    windows, shift = scheduler.windows, scheduler.windows.shift if _is_even(scheduler.windows) else 1.0
+    return [round(unshifted(level, shift), 9) for level in windows.grid(steps)[:-1]]
+
+
+def _stock(scheduler: Any) -> Any:
+    """The stock scheduler that comes nearest: DDIM from pure noise, with equal steps to the end; Euler for a flow."""
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    if isinstance(scheduler, FlowMatchPeRFlowScheduler):
+        windows = scheduler.windows
+        return FlowMatchEulerDiscreteScheduler.from_config(
+            {key: value for key, value in scheduler.config.items() if key not in _OURS_FLOW},
+            shift=windows.shift if _is_even(windows) else 1.0,
+            use_dynamic_shifting=False,
+            shift_terminal=None,
+            use_karras_sigmas=False,
+            use_exponential_sigmas=False,
+            use_beta_sigmas=False,
+        )
 
     config = {key: value for key, value in scheduler.config.items() if key not in _OURS}
     return DDIMScheduler.from_config(
@@ -186,6 +214,29 @@ import perflow_diffusers as pf
 pf.set_scheduler(pipe)
 ```
 """
+
+
+_FLOW_NOTE = """The scheduler is diffusers' own. {said} With perflow-diffusers every number of steps is right without
+`sigmas`. {install}
+
+```python
+import perflow_diffusers as pf
+
+pf.set_scheduler(pipe)
+```
+"""
+
+
+def _flow_note(pipe: Any) -> str:
+    """What a stock Euler scheduler does with these weights."""
+    if "sigmas" not in inspect.signature(pipe.__call__).parameters:
+        said = (
+            "It is Euler's, whose steps are the right ones, but this pipeline's call takes no `sigmas`, so that they "
+            "lie on other noise levels than the weights were trained for, and pictures are worse."
+        )
+    else:
+        said = "The `sigmas` above put its steps on the noise levels that the weights were trained for, exactly."
+    return _FLOW_NOTE.format(said=said, install=INSTALL_NOTE)
 
 
 def _under_ddim(scheduler: PeRFlowScheduler) -> str:
@@ -224,6 +275,11 @@ def _call(pipe: Any, steps: int, guidance: float) -> str:
     ending = "mp4" if "video" in needs else "png"
     given = "".join(f'{name}={load}("your-{name}.{ending}"), ' for name in needs)
     start = f"from diffusers.utils import {load}\n\n" if needs else ""
+    if (
+        isinstance(pipe.scheduler, FlowMatchPeRFlowScheduler)
+        and "sigmas" in inspect.signature(pipe.__call__).parameters
+    ):
+        given += f"sigmas={_sigmas(pipe.scheduler, steps)}, "
     call = f'pipe("a photo of a cat in the snow", {given}num_inference_steps={steps}, guidance_scale={guidance})'
     if _task(pipe) == "text-to-video":
         save = 'frames[0].save("few-steps.gif", save_all=True, append_images=frames[1:])'
@@ -250,8 +306,12 @@ def _card(pipe: Any, form: str, name: str, base: Any, artifact: Any, license: st
             f"To make such a pipeline: {INSTALL_NOTE[0].lower()}{INSTALL_NOTE[1:]}\n"
         )
     else:
-        difference = _under_ddim(pipe.scheduler)
-        note = _PLAIN_NOTE.format(difference=difference, install=INSTALL_NOTE)
+        flow = isinstance(pipe.scheduler, FlowMatchPeRFlowScheduler)
+        note = (
+            _flow_note(pipe)
+            if flow
+            else _PLAIN_NOTE.format(difference=_under_ddim(pipe.scheduler), install=INSTALL_NOTE)
+        )
     text = f"""# {name}
 
 A pipeline for pictures in {steps} steps: a piecewise rectified flow ([PeRFlow]({PAPER})) is in its weights.
