@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
 from perflow_diffusers import FlowMatchPeRFlowScheduler
 from perflow_diffusers.schedulers import combine
@@ -63,6 +64,7 @@ DEFAULTS = {  # what diffusers' pipelines pass by themselves, n = 6
     "to 0, without it": np.linspace(1.0, 0.0, 7)[:-1],
     "from .999": np.linspace(0.999, 0.0, 7)[:-1],
     "a list": torch.linspace(1.0, 1 / 6, 6).tolist(),
+    "linear, then quadratic": np.array(linear_quadratic_schedule(6, 0.025)),
     "to the last timestep": np.linspace(1000, 1, 6).astype(np.int64) / 1000,
 }
 

@@ -10,7 +10,8 @@ from flow_teachers import ARGUMENTS, save_teacher
 from run_log import logged
 from safetensors.torch import load_file
 
-from perflow_diffusers import FlowMatchPeRFlowScheduler, load_miniature, merge_delta
+from perflow_diffusers import FlowMatchPeRFlowScheduler, load_miniature, load_perflow, merge_delta
+from perflow_diffusers.flow import SigmaWindows
 from perflow_diffusers.weights import open_weights
 from perflow_training.config import ConfigError, TrainingConfig
 from perflow_training.recipe import block_layers, completed, windowed
@@ -128,6 +129,22 @@ def test_a_run_that_goes_on_ends_where_one_in_one_piece_ends(run, tmp_path):
     run(*words, f"output_dir={tmp_path / 'parts'}", "resume_from_checkpoint=latest")
     parts = load_file(tmp_path / "parts" / "lora" / LORA)
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_the_artefact_of_a_run_makes_a_pipeline_of_few_steps(run, tmp_path):
+    """Weights as merged by hand, scheduler and guidance as trained."""
+    load_miniature("flow").save_pretrained(tmp_path / "teacher")
+    out = run(
+        f"pretrained_model_name_or_path={tmp_path / 'teacher'}", *STEPS, "max_train_steps=3", "solve_guidance=5",
+        "product=[student, delta, artifact]",
+    )  # fmt: skip
+    pipe = load_miniature("flow")
+    artifact = load_perflow(pipe, out / "artifact")
+    assert (artifact.steps, artifact.guidance_scale) == (4, 1.0)
+    assert pipe.scheduler.windows == SigmaWindows.uniform(4, 2.0)
+    student = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    for key, value in pipe.transformer.state_dict().items():  # fp16 of the difference
+        torch.testing.assert_close(value, student[key], rtol=0, atol=1e-4)
 
 
 LORA = "pytorch_lora_weights.safetensors"
