@@ -1,6 +1,7 @@
 """Encodes captions and pictures once, so that training needs no text encoder and no autoencoder in memory.
 
     python training/precompute.py --config training/configs/miniature.yaml train_cache_dir=cache
+    python training/precompute.py --config training/configs/miniature-flow.yaml train_cache_dir=cache --trajectories 64
 
 It reads the options of a training run: the teacher (`pretrained_model_name_or_path`), the source of examples and what
 is done to its pictures, `seed`, and `train_cache_dir`, the folder that is written. Training with the same options then
@@ -11,7 +12,10 @@ import perflow_training.quiet  # isort: skip  # first: what follows takes second
 
 import argparse
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,8 +25,14 @@ from perflow_training.config import ConfigError, TrainingConfig, load_config
 from perflow_training.data import DataError
 from perflow_training.data.cache_writer import write_cache
 from perflow_training.data.identity import model_identity
+from perflow_training.recipe import call_arguments, completed, windowed
+from perflow_training.rng import Draws
+from perflow_training.solves import PipelineSolves
 from perflow_training.teacher.encode import picture_size, pipeline_encoders
-from perflow_training.teacher.load import hub_options, network_config
+from perflow_training.teacher.load import hub_options, load_pipeline, network_config
+from perflow_training.teacher.observed import is_flow, watch
+from perflow_training.teacher.runs import Runs
+from perflow_training.trajectories import write_trajectories
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -32,6 +42,11 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, help="YAML file of options, the one that training is given")
     parser.add_argument("--prompts-only", action="store_true", help="encode no pictures: for data-free training")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of what is stored (default float16)")
+    parser.add_argument(
+        "--trajectories", type=int, metavar="N",
+        help="of a flow-matching base: N batches of its own trajectories instead, for training without a teacher",
+    )  # fmt: skip
+    parser.add_argument("--part", default="0/1", help="with --trajectories: i/n, one of n processes (default 0/1)")
     parser.add_argument("--shard-size", type=int, default=512, help="records a file (default 512)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures encoded at once (default 8)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -52,6 +67,8 @@ def run(config: TrainingConfig, args: argparse.Namespace) -> None:
         raise ConfigError("`train_cache_dir` is not set. Give the folder to write, e.g. train_cache_dir=cache.")
     if args.shard_size < 1 or args.batch_size < 1:
         raise ConfigError(f"--shard-size {args.shard_size} and --batch-size {args.batch_size} must be at least 1.")
+    if args.trajectories is not None:
+        return trajectories(config, args)
     name = config.pretrained_model_name_or_path
     try:
         where = hub_options(name, config.revision)
@@ -82,6 +99,39 @@ def run(config: TrainingConfig, args: argparse.Namespace) -> None:
         )
     skipped = ", ".join(f"{count} {kind}" for kind, count in manifest["skipped"].items()) or "none"
     print(f"{config.train_cache_dir}: {manifest['count']} of {manifest['records']} examples, left out: {skipped}")
+
+
+def trajectories(config: TrainingConfig, args: argparse.Namespace) -> None:
+    """The teacher's trajectories instead: the same, whichever part of them which process makes."""
+    match = re.fullmatch(r"(\d+)/(\d+)", args.part)
+    part = (int(match[1]), int(match[2])) if match else (1, 0)
+    if args.trajectories < 1 or not part[0] < part[1]:
+        raise ConfigError(
+            f"--trajectories {args.trajectories} must be at least 1, and --part {args.part} be i/n, i < n."
+        )
+    pipe: Any = load_pipeline(replace(config, train_cache_dir=""))
+    config = completed(config, pipe)
+    if not is_flow(pipe):
+        raise ConfigError(
+            f"--trajectories is for flow-matching bases, and {type(pipe).__name__}'s is a diffusion: leave it out to "
+            "cache captions and pictures."
+        )
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision or "", torch.float32)
+    pipe.to(args.device, dtype)
+    observed = watch(pipe, call_arguments(config, Runs(pipe).takes), scale=config.mean_guidance)
+    config, windows = windowed(config, observed)
+    solves = PipelineSolves(observed, config, windows, Draws(config.seed), torch.device(args.device))
+    try:
+        with tqdm(total=args.trajectories, unit=" batches", disable=None) as bar:
+            count = write_trajectories(
+                Path(config.train_cache_dir), solves, config, args.trajectories, part, DTYPES[args.dtype],
+                lambda done: bar.update(done - bar.n),
+            )  # fmt: skip
+    finally:
+        solves.close()
+    print(
+        f"{config.train_cache_dir}: {count} of {args.trajectories} batches of {config.solve_batch_size} trajectories"
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from perflow_training.loader import CachedLoader, EncodingLoader, Loader
 from perflow_training.log import append_log
 from perflow_training.objective import windows_of
 from perflow_training.processes import by_main, check_number, claimed
-from perflow_training.recipe import call_arguments, completed, windowed
+from perflow_training.recipe import call_arguments, completed, spelt, windowed
 from perflow_training.rng import Draws
 from perflow_training.run_folder import already_finished, choose_start, find_checkpoint, mark_finished, step_of, tidy
 from perflow_training.solves import PipelineSolves, Solves
@@ -43,6 +43,7 @@ from perflow_training.teacher.load import folder_of, load_pipeline
 from perflow_training.teacher.observed import is_flow, watch
 from perflow_training.teacher.runs import Runs
 from perflow_training.trainer import Trainer
+from perflow_training.trajectories import CachedSolves
 from perflow_training.validation import ObservedValidation, Validation
 
 logger = logging.getLogger("perflow_training.run")
@@ -210,6 +211,12 @@ def _watched(
 ) -> tuple[Trainer, Solves]:
     """The trainer of a base that is learnt by watching its pipeline, whose own runs it is trained on."""
     network = sole_network(pipe, ConfigError)
+    if config.train_cache_dir:
+        cached = CachedSolves(config.train_cache_dir, config, draws, accelerator.device)
+        config = spelt(config, cached.windows, network)
+        logger.info("%r, from %d files of trajectories in %s.", cached.windows, len(cached.files), cached.folder)
+        teacher = cached.backbone(network)
+        return Trainer(config, teacher, cached, accelerator, draws, None, stopping, folder_of(pipe)), cached
     _place(pipe, accelerator, network)
     network.to(accelerator.device, DTYPES[accelerator.mixed_precision]).eval()
     observed = watch(pipe, call_arguments(config, Runs(pipe).takes), scale=config.mean_guidance)

@@ -16,7 +16,7 @@ _BLOCK = re.compile(r"(^|\.)(\w*_)?(blocks|layers)\.\d+\.(?P<inside>.+)")
 #: options of a diffusion's training that have no meaning where the pipeline itself gives the trajectories
 ELSEWHERE = {
     "data_starts": 0.0, "zero_snr": False, "discrete_timesteps": 0, "rescale_betas_zero_snr": False,
-    "aspect_buckets": False, "train_cache_dir": "",
+    "aspect_buckets": False,
 }  # fmt: skip
 
 
@@ -72,14 +72,18 @@ def windowed(config: TrainingConfig, observed: Observed) -> tuple[TrainingConfig
         raise ConfigError(f"`window_boundaries` or `window_shift`: {error}") from error
     if windows.boundaries[0] != 1:
         raise ConfigError(f"`window_boundaries={config.window_boundaries}` must begin at 1: sampling starts there.")
-    layers = config.lora_target_modules or block_layers(observed.runs.network)
-    spelt = replace(
+    return spelt(config, windows, observed.runs.network), windows
+
+
+def spelt(config: TrainingConfig, windows: SigmaWindows, network: nn.Module) -> TrainingConfig:
+    """The options with these windows, and with the layers of `network` that get a LoRA."""
+    layers = config.lora_target_modules or block_layers(network)
+    return replace(
         config,
         window_boundaries=list(windows.boundaries),
-        window_shift=shift,
+        window_shift=windows.shift,
         lora_target_modules=layers if config.lora_rank else None,
     )
-    return spelt, windows
 
 
 def block_layers(network: nn.Module) -> list[str]:

@@ -148,6 +148,10 @@ class PipelineSolves:
         states = self.observed.follow(captions, noise, self.windows, config.solver_steps, scale)
         return windows_between(states, self.windows, cond, named(examples))
 
+    def skip(self) -> None:
+        """Goes on as if a solve had been made: its captions are read, and nothing is computed."""
+        self.stream.batch(self.config.solve_batch_size)
+
     def _scale(self, number: int) -> float | None:
         asked = self.config.solve_guidance
         if not isinstance(asked, list):

@@ -33,15 +33,19 @@ def lora_config(config: TrainingConfig) -> LoraConfig:
     )
 
 
-def build_student(teacher: nn.Module, config: TrainingConfig, *, share: bool = True) -> nn.Module:
+def build_student(teacher: nn.Module, config: TrainingConfig, *, share: bool = True, copied: bool = True) -> nn.Module:
     """A network that computes what `teacher` computes, with the parameters to be trained in float32.
+
+    `copied=False` makes it of the teacher itself, which is not needed any more.
 
     With a LoRA the frozen weights are the teacher's own tensors (`share`), which halves their memory; False copies
     them, which sharded training needs.
     """
-    if config.lora_rank and share:
+    if not copied:
+        network: Any = teacher
+    elif config.lora_rank and share:
         own = {id(tensor): tensor for tensor in [*teacher.parameters(), *teacher.buffers()]}
-        network: Any = copy.deepcopy(teacher, own)
+        network = copy.deepcopy(teacher, own)
     else:
         network = copy.deepcopy(teacher)
     if config.lora_rank:
@@ -138,15 +142,20 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Op
 
 
 def make_learner(
-    teacher: nn.Module, config: TrainingConfig, accelerator: Accelerator
+    teacher: nn.Module, config: TrainingConfig, accelerator: Accelerator, *, keep: bool = True
 ) -> tuple[nn.Module, torch.optim.Optimizer, LRScheduler]:
-    """(student, optimiser, learning-rate schedule), ready for a run; `teacher` is put in its place and frozen."""
+    """(student, optimiser, learning-rate schedule), ready for a run; `teacher` is put in its place and frozen.
+
+    `keep=False`: the teacher becomes the student.
+    """
     dtype = DTYPES[accelerator.mixed_precision]
     teacher.to(accelerator.device)
     if config.lora_rank:  # the student shares the frozen weights
         _cast(teacher, dtype)
-    student = build_student(teacher, config, share=accelerator.distributed_type != DistributedType.FSDP)
-    _cast(teacher, dtype).eval().requires_grad_(False)
+    share = accelerator.distributed_type != DistributedType.FSDP
+    student = build_student(teacher, config, share=share, copied=keep)
+    if keep:
+        _cast(teacher, dtype).eval().requires_grad_(False)
     network, optimizer = accelerator.prepare(student, make_optimizer(student, config))
     # not prepared: accelerate would step it once for each process, and the schedule would depend on their number
     schedule = get_scheduler(

@@ -80,7 +80,9 @@ class Trainer:
         self.config, self.accelerator, self.draws = config, accelerator, draws
         self.validate, self.base = validate, base
         dtype = DTYPES[accelerator.mixed_precision]
-        self.network, self.optimizer, self.schedule = make_learner(teacher.network, config, accelerator)
+        self.network, self.optimizer, self.schedule = make_learner(
+            teacher.network, config, accelerator, keep=getattr(source, "needs_teacher", True)
+        )
         use_trained_weights_only(accelerator)
         self.parameters = trained(accelerator.unwrap_model(self.network))
         self.ema = EMAModel(
