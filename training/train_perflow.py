@@ -213,7 +213,7 @@ def _watched(
     network = sole_network(pipe, ConfigError)
     if config.train_cache_dir:
         cached = CachedSolves(config.train_cache_dir, config, draws, accelerator.device)
-        config = spelt(config, cached.windows, network)
+        config = spelt(config, cached.windows, network, cached.guidance_scale)
         logger.info("%r, from %d files of trajectories in %s.", cached.windows, len(cached.files), cached.folder)
         teacher = cached.backbone(network)
         return Trainer(config, teacher, cached, accelerator, draws, None, stopping, folder_of(pipe)), cached
@@ -225,6 +225,12 @@ def _watched(
         "Watched %s: %s, replayed with a difference of %.2g.", type(pipe).__name__, observed.call, observed.residual
     )
     logger.info("%r, solved by %d steps of the pipeline each.", windows, config.solver_steps)
+    if observed.guided.name is None:
+        logger.warning(
+            "%s is neither guided nor told a guidance scale. If its base was distilled for a few steps (schnell, "
+            "turbo), there is nothing left to accelerate: train on the base that it was made from.",
+            type(pipe).__name__,
+        )
     solves = PipelineSolves(observed, config, windows, draws, accelerator.device)
     validate = None
     if config.validation_steps:

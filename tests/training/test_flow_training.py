@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
+from diffusers import StableDiffusion3Pipeline
 from flow_teachers import ARGUMENTS, save_teacher
 from run_log import logged
 from safetensors.torch import load_file
@@ -46,6 +47,8 @@ def test_fifty_steps_on_a_tiny_pipeline_are_merged_back_and_sampled(run, tmp_pat
     said = open_weights(file).metadata
     boundaries, shift = json.loads(said["window_boundaries"]), float(said["window_shift"])
     assert said["prediction_type"] == "velocity"
+    # guidance switched off, as each pipeline has it; that which a network is told stays as it was in training
+    assert float(said["recommended_guidance_scale"]) == {"z": 0.0, "flux": 3.0}.get(name, 1.0)
     if rank:
         pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="perflow")
         pipe.fuse_lora()
@@ -129,6 +132,18 @@ def test_a_run_that_goes_on_ends_where_one_in_one_piece_ends(run, tmp_path):
     run(*words, f"output_dir={tmp_path / 'parts'}", "resume_from_checkpoint=latest")
     parts = load_file(tmp_path / "parts" / "lora" / LORA)
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_a_base_that_is_not_guided_is_said_to_be_perhaps_distilled(run, tmp_path, caplog):
+    """As one whose pipeline, wherever it is asked, says that it does without."""
+    load_miniature("flow").save_pretrained(tmp_path / "teacher")
+    words = (f"pretrained_model_name_or_path={tmp_path / 'teacher'}", *STEPS, "max_train_steps=1")
+    run(*words)
+    assert "distilled" not in caplog.text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StableDiffusion3Pipeline, "do_classifier_free_guidance", False)
+        run(*words, f"output_dir={tmp_path / 'other'}")
+    assert "StableDiffusion3Pipeline is neither guided nor told a guidance scale" in caplog.text
 
 
 def test_the_artefact_of_a_run_makes_a_pipeline_of_few_steps(run, tmp_path):

@@ -113,7 +113,7 @@ def header(config: TrainingConfig, base: DiffusionPipeline | Path) -> dict[str, 
         "window_shift": config.window_shift,
         "recommended_steps": config.recommended_steps,
         "solve_guidance": 0.0 if scale is None else scale,
-        "recommended_guidance_scale": None if scale is None else 1.0,
+        "recommended_guidance_scale": _sampled_with(config),
         "base": _last_name(name),
         "recipe": recipe(config),
         **base_facts(base),
@@ -121,6 +121,13 @@ def header(config: TrainingConfig, base: DiffusionPipeline | Path) -> dict[str, 
     if config.rescale_betas_zero_snr:  # the student knows the rescaled schedule, whatever that of its base was
         metadata["noise"] = {**metadata.get("noise", {}), "rescale_betas_zero_snr": True}
     return {name: value for name, value in metadata.items() if value is not None}
+
+
+def _sampled_with(config: TrainingConfig) -> float | None:
+    """The guidance scale for sampling: 1, off, where the teacher's guidance was solved in and no other is known."""
+    if config.recommended_guidance_scale is not None:
+        return config.recommended_guidance_scale
+    return None if config.mean_guidance is None else 1.0
 
 
 def _boundaries(config: TrainingConfig) -> list[float] | list[int] | None:

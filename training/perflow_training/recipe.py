@@ -72,16 +72,21 @@ def windowed(config: TrainingConfig, observed: Observed) -> tuple[TrainingConfig
         raise ConfigError(f"`window_boundaries` or `window_shift`: {error}") from error
     if windows.boundaries[0] != 1:
         raise ConfigError(f"`window_boundaries={config.window_boundaries}` must begin at 1: sampling starts there.")
-    return spelt(config, windows, observed.runs.network), windows
+    return spelt(config, windows, observed.runs.network, observed.guided.sampled_with(config.mean_guidance)), windows
 
 
-def spelt(config: TrainingConfig, windows: SigmaWindows, network: nn.Module) -> TrainingConfig:
-    """The options with these windows, and with the layers of `network` that get a LoRA."""
+def spelt(
+    config: TrainingConfig, windows: SigmaWindows, network: nn.Module, guidance_scale: float | None
+) -> TrainingConfig:
+    """The options with these windows, the layers of `network` that get a LoRA, and what to sample with."""
+    if config.recommended_guidance_scale is not None:
+        guidance_scale = config.recommended_guidance_scale
     layers = config.lora_target_modules or block_layers(network)
     return replace(
         config,
         window_boundaries=list(windows.boundaries),
         window_shift=windows.shift,
+        recommended_guidance_scale=guidance_scale,
         lora_target_modules=layers if config.lora_rank else None,
     )
 

@@ -31,7 +31,7 @@ FORMAT = 1
 #: options that decide what the trajectories are
 DECIDE = (
     "seed", "window_boundaries", "window_shift", "solver_steps", "solve_guidance", "caption_dropout",
-    "solve_batch_size", "pipeline_arguments", "resolution",
+    "solve_batch_size", "recommended_guidance_scale", "pipeline_arguments", "resolution",
 )  # fmt: skip
 
 
@@ -130,6 +130,7 @@ class CachedSolves:
             if made[name] != value:
                 raise DataError(f"The trajectories in {folder} have `{name}={made[name]}` and the options {value}.")
         self.windows = SigmaWindows(tuple(made["window_boundaries"]), made["window_shift"])
+        self.guidance_scale: float | None = made["recommended_guidance_scale"]
         call = made["call"]
         forms = {side: Form(tuple(call[side]["axes"]), call[side]["listed"]) for side in ("sees", "says")}
         self.call = Call(**{**call, **forms})

@@ -126,6 +126,10 @@ class TrainingOptions(DataOptions):
         section="the product, and what travels with it",
     )
     recommended_steps: list[int] = option([4, 8], "what the card and the header say")
+    recommended_guidance_scale: float | None = option(
+        None,
+        "the same; null: 1 after a guided solve, of a flow-matching pipeline what switches guidance off or is told",
+    )
 
     def to_dict(self) -> dict:
         return asdict(self)

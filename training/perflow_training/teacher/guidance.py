@@ -22,18 +22,29 @@ class Guided:
 
     `name`: of the argument that scales it, None where there is none. `classifier_free`: whether it costs a second row
     or call; otherwise the scale is told to the network. `negative`: whether an empty negative prompt must be passed.
+    `default`: the scale that the pipeline takes by itself.
     """
 
     off: Mapping[str, Any]
     name: str | None = None
     classifier_free: bool = False
     negative: bool = False
+    default: float | None = None
 
     def on(self, scale: float | None, count: int) -> Arguments:
         """The arguments of a run of `count` samples with this scale; None: the pipeline's own."""
         if scale is None or self.name is None:
             return {}
         return {self.name: scale, **({"negative_prompt": [""] * count} if self.negative else {})}
+
+    def sampled_with(self, scale: float | None) -> float | None:
+        """The scale to sample a student with: what switches guidance off, or what the network was told in training.
+
+        `scale` as of `on`; None where there is nothing to be said.
+        """
+        if self.classifier_free:
+            return next((float(value) for value in self.off.values()), 1.0)
+        return (self.default if scale is None else scale) if self.name is not None else None
 
     def one_call(self, scale: float | None) -> Arguments:
         """Those of a student's run: one call a step, and a scale that the network is told is told still."""
@@ -49,6 +60,10 @@ def guidance_of(runs: Runs, scheduler: Any, scale: float | None) -> Guided:
         run = runs.record(CAPTIONS[:3], 1, given, scheduler)
         return sum(max((_count(v) for v in call.values()), default=0) for call in run.calls) // 3
 
+    def usual(name: str) -> float | None:
+        default = runs.takes[name].default
+        return float(default) if isinstance(default, int | float) else None
+
     plain = costs({})
     off: Arguments | None = {} if plain == 1 else None
     for value in (1.0, 0.0):
@@ -62,14 +77,14 @@ def guidance_of(runs: Runs, scheduler: Any, scale: float | None) -> Guided:
             "trained by watching."
         )
     if plain > 1:
-        return Guided(off, next(iter(off)), classifier_free=True)
+        return Guided(off, next(iter(off)), classifier_free=True, default=usual(next(iter(off))))
     if not names:
         return Guided(off)
     probe = 3.0 if scale is None else scale
     for name in reversed(names):
         told = [runs.told(CAPTIONS[:1], {name: value}) for value in (probe, probe + 1)]
         if not same(*(list(one.values()) for one in told)):
-            return Guided({}, name)
+            return Guided({}, name, default=usual(name))
     for name in names:
         negative = "negative_prompt" in runs.takes and not set(runs.prompts([""])) & {"negative_prompt_embeds"}
         given = {name: probe, **({"negative_prompt": [""] * 3} if negative else {})}
