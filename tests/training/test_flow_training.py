@@ -6,12 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from flow_teachers import ARGUMENTS, save_teacher
 from run_log import logged
 from safetensors.torch import load_file
 
-from perflow_diffusers import FlowMatchPeRFlowScheduler, load_miniature, load_perflow, merge_delta
+from perflow_diffusers import FlowMatchPeRFlowScheduler, load_miniature, load_perflow, merge_delta, unload_perflow
 from perflow_diffusers.flow import SigmaWindows
 from perflow_diffusers.weights import open_weights
 from perflow_training.config import ConfigError, TrainingConfig
@@ -76,6 +76,33 @@ def test_fifty_steps_on_a_tiny_pipeline_are_merged_back_and_sampled(run, tmp_pat
         with torch.no_grad():
             z = z + (end - start) * student(z, torch.full((8,), start, dtype=torch.float64), cond)
     torch.testing.assert_close(four, z, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "rank"), [("flux", 2), ("qwen", 2), ("z", 2), ("wan", 2), ("wan", 0)])
+def test_what_a_run_publishes_loads_into_its_pipeline_and_comes_out_again(run, tmp_path, name, rank):
+    """Drawn as with diffusers' own LoRA loader, or with the merged weights; afterwards the base is what it was."""
+    folder = save_teacher(name, tmp_path / "teacher")
+    out = run(
+        f"pretrained_model_name_or_path={folder}", f"pipeline_arguments={ARGUMENTS[name]}", "solve_guidance=3",
+        f"lora_rank={rank}", *STEPS, "max_train_steps=2",
+        "product=[student, lora, artifact]" if rank else "product=[student, artifact]",
+    )  # fmt: skip
+
+    def drawn(pipe):
+        given = {**arguments(name), "output_type": "latent", "num_inference_steps": 4}
+        given |= {"true_cfg_scale" if name == "qwen" else "guidance_scale": artifact.guidance_scale}
+        with torch.no_grad():
+            return pipe("a dog", generator=torch.Generator().manual_seed(0), **given)[0]
+
+    pipe, plain = (load_pipeline(TrainingConfig(pretrained_model_name_or_path=str(folder))) for _ in range(2))
+    before = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
+    artifact = load_perflow(pipe, out / "artifact")
+    plain.scheduler = FlowMatchPeRFlowScheduler.from_config(pipe.scheduler.config)
+    plain.transformer.load_state_dict(load_file(out / "transformer" / "diffusion_pytorch_model.safetensors"))
+    torch.testing.assert_close(drawn(pipe), drawn(plain), rtol=1e-2, atol=1e-3)  # fp16 of factors or difference
+    unload_perflow(pipe)
+    assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert all(torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items())
 
 
 def arguments(name):
