@@ -1,6 +1,8 @@
 """The card of an artefact of a flow-matching base: its snippet runs, and draws what diffusers draws."""
 
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,9 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from flow_accelerator import BOUNDARIES, changed, draw, drawn_by_diffusers, flow_pipe, make_accelerator
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
+from flow_builders import FLOW
 
 from perflow_diffusers import FlowMatchPeRFlowScheduler, load_perflow, set_scheduler
 from perflow_diffusers.hub import ArtifactError, export_pipeline
@@ -58,6 +63,16 @@ def test_an_export_draws_the_same_with_diffusers_alone(tmp_path, boundaries, for
         assert "sigmas=[1.0, 0.75, 0.5, 0.25]" in card
     set_scheduler(plain)
     assert np.abs(draw(plain, 6) - wanted).max() < 1e-4
+
+
+def test_the_card_of_a_film_writes_a_film_and_says_that_its_call_takes_no_sigmas(tmp_path):
+    pipe = FLOW["wan-text-to-video"](FlowMatchEulerDiscreteScheduler(shift=3.0)).pipe
+    pipe.scheduler = FlowMatchPeRFlowScheduler.from_config(pipe.scheduler.config, num_time_windows=4)
+    card = (export_pipeline(pipe, tmp_path / "film") / "README.md").read_text()
+    assert "pipeline_tag: text-to-video" in card
+    assert 'from diffusers.utils import export_to_video\n\nframes = pipe("a photo of a cat' in card
+    assert '.frames[0]\nexport_to_video(frames, "few-steps.mp4")' in card
+    assert "takes no `sigmas`" in card and "sigmas=" not in card
 
 
 def test_an_export_with_code_is_refused(tmp_path):

@@ -261,9 +261,15 @@ def _inputs(pipe: Any) -> list[str]:
     return [name for name in _GIVEN if name in known]
 
 
+def _is_film(pipe: Any) -> bool:
+    """Whether it draws films that diffusers writes by `export_to_video`: a flow-matching pipeline asked for frames."""
+    flow = isinstance(pipe.scheduler, FlowMatchPeRFlowScheduler)
+    return flow and "num_frames" in inspect.signature(pipe.__call__).parameters
+
+
 def _task(pipe: Any) -> str:
     """The Hub's name of what the pipeline does."""
-    if type(pipe).__name__.startswith("AnimateDiff"):
+    if type(pipe).__name__.startswith("AnimateDiff") or _is_film(pipe):
         return "text-to-video"
     return "image-to-image" if _inputs(pipe) else "text-to-image"
 
@@ -281,6 +287,9 @@ def _call(pipe: Any, steps: int, guidance: float) -> str:
     ):
         given += f"sigmas={_sigmas(pipe.scheduler, steps)}, "
     call = f'pipe("a photo of a cat in the snow", {given}num_inference_steps={steps}, guidance_scale={guidance})'
+    if _is_film(pipe):
+        start = f"from diffusers.utils import export_to_video{f', {load}' if needs else ''}\n\n"
+        return f'{start}frames = {call}.frames[0]\nexport_to_video(frames, "few-steps.mp4")'
     if _task(pipe) == "text-to-video":
         save = 'frames[0].save("few-steps.gif", save_all=True, append_images=frames[1:])'
         return f"{start}frames = {call}.frames[0]\n{save}"
