@@ -25,13 +25,13 @@ from perflow_training.config import ConfigError, TrainingConfig, load_config
 from perflow_training.data import DataError
 from perflow_training.data.cache_writer import write_cache
 from perflow_training.data.identity import model_identity
-from perflow_training.recipe import call_arguments, completed, windowed
+from perflow_training.recipe import completed, watched
 from perflow_training.rng import Draws
 from perflow_training.solves import PipelineSolves
+from perflow_training.student import DTYPES as PRECISIONS
 from perflow_training.teacher.encode import picture_size, pipeline_encoders
 from perflow_training.teacher.load import hub_options, load_pipeline, network_config
-from perflow_training.teacher.observed import is_flow, watch
-from perflow_training.teacher.runs import Runs
+from perflow_training.teacher.observed import is_flow
 from perflow_training.trajectories import write_trajectories
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -116,10 +116,8 @@ def trajectories(config: TrainingConfig, args: argparse.Namespace) -> None:
             f"--trajectories is for flow-matching bases, and {type(pipe).__name__}'s is a diffusion: leave it out to "
             "cache captions and pictures."
         )
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision or "", torch.float32)
-    pipe.to(args.device, dtype)
-    observed = watch(pipe, call_arguments(config, Runs(pipe).takes), scale=config.mean_guidance)
-    config, windows = windowed(config, observed)
+    pipe.to(args.device, PRECISIONS[config.mixed_precision or "no"])
+    config, observed, windows = watched(config, pipe)
     solves = PipelineSolves(observed, config, windows, Draws(config.seed), torch.device(args.device))
     try:
         with tqdm(total=args.trajectories, unit=" batches", disable=None) as bar:

@@ -31,7 +31,7 @@ from perflow_training.loader import CachedLoader, EncodingLoader, Loader
 from perflow_training.log import append_log
 from perflow_training.objective import windows_of
 from perflow_training.processes import by_main, check_number, claimed
-from perflow_training.recipe import call_arguments, completed, spelt, windowed
+from perflow_training.recipe import completed, spelt, watched
 from perflow_training.rng import Draws
 from perflow_training.run_folder import already_finished, choose_start, find_checkpoint, mark_finished, step_of, tidy
 from perflow_training.solves import PipelineSolves, Solves
@@ -40,8 +40,7 @@ from perflow_training.student import DTYPES
 from perflow_training.teacher.backbone import teacher_of
 from perflow_training.teacher.encode import Pipeline, latent_size
 from perflow_training.teacher.load import folder_of, load_pipeline
-from perflow_training.teacher.observed import is_flow, watch
-from perflow_training.teacher.runs import Runs
+from perflow_training.teacher.observed import is_flow
 from perflow_training.trainer import Trainer
 from perflow_training.trajectories import CachedSolves
 from perflow_training.validation import ObservedValidation, Validation
@@ -219,8 +218,7 @@ def _watched(
         return Trainer(config, teacher, cached, accelerator, draws, None, stopping, folder_of(pipe)), cached
     _place(pipe, accelerator, network)
     network.to(accelerator.device, DTYPES[accelerator.mixed_precision]).eval()
-    observed = watch(pipe, call_arguments(config, Runs(pipe).takes), scale=config.mean_guidance)
-    config, windows = windowed(config, observed)
+    config, observed, windows = watched(config, pipe)
     logger.info(
         "Watched %s: %s, replayed with a difference of %.2g.", type(pipe).__name__, observed.call, observed.residual
     )

@@ -27,9 +27,8 @@ from perflow_diffusers.flow import SigmaWindows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training"))
 from perflow_training.config import TrainingConfig
-from perflow_training.objective import Loss, student_loss
+from perflow_training.objective import Loss, student_loss, windows_between
 from perflow_training.recipe import block_layers
-from perflow_training.solves import windows_between
 from perflow_training.student import make_learner
 from perflow_training.teacher.observed import watch
 

@@ -17,6 +17,7 @@ from diffusers import (
 )
 from flow_parts import (
     ATTENTION_MASKS,
+    FILMS,
     TEXT,
     Built,
     embeds,
@@ -176,15 +177,8 @@ def sana(scheduler, name="SanaPipeline"):
 def wan(scheduler, name="WanPipeline", vae=None, channels=4, **arguments):
     transformer = random(
         WanTransformer3DModel,
-        num_attention_heads=2,
-        attention_head_dim=12,
         in_channels=channels,
-        out_channels=4,
-        text_dim=TEXT,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=1,
-        rope_max_seq_len=32,
+        **FILMS,
     )
     arguments = {
         **texts(),

@@ -8,7 +8,19 @@ from diffusers import (
     FluxTransformer2DModel,
     OvisImageTransformer2DModel,
 )
-from flow_parts import ATTENTION_MASKS, TEXT, Built, embeds, left_half, picture, pipeline, random, texts, tiny_vae
+from flow_parts import (
+    ATTENTION_MASKS,
+    STREAMS,
+    TEXT,
+    Built,
+    embeds,
+    left_half,
+    picture,
+    pipeline,
+    random,
+    texts,
+    tiny_vae,
+)
 
 
 def as_told(sigma):
@@ -20,11 +32,7 @@ def flux(scheduler, name="FluxPipeline", channels=16, **arguments):
         FluxTransformer2DModel,
         in_channels=channels,
         out_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT,
+        **STREAMS,
         pooled_projection_dim=TEXT,
         guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
@@ -75,11 +83,7 @@ def flux2(scheduler, name="Flux2KleinPipeline", **arguments):
     transformer = random(
         Flux2Transformer2DModel,
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT,
+        **STREAMS,
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=not klein,
@@ -124,11 +128,7 @@ def chroma(scheduler, name="ChromaPipeline", **arguments):
     transformer = random(
         ChromaTransformer2DModel,
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT,
+        **STREAMS,
         axes_dims_rope=(4, 6, 6),
         approximator_num_channels=16,
         approximator_hidden_dim=32,
@@ -149,11 +149,7 @@ def ovis_image(scheduler):
         OvisImageTransformer2DModel,
         in_channels=16,
         out_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT,
+        **STREAMS,
         axes_dims_rope=(4, 6, 6),
     )
     given = {**texts(), "negative_prompt": None, "guidance_scale": 3.0}

@@ -10,7 +10,7 @@ from diffusers import (
     PRXTransformer2DModel,
     SkyReelsV2Transformer3DModel,
 )
-from flow_parts import ATTENTION_MASKS, TEXT, Built, embeds, pipeline, random, texts, tiny_vae
+from flow_parts import ATTENTION_MASKS, FILMS, TEXT, Built, embeds, pipeline, random, texts, tiny_vae
 
 _CALL = {"guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "latent"}
 
@@ -151,17 +151,6 @@ def hunyuan_video(scheduler):
 
 
 def skyreels(scheduler):
-    transformer = random(
-        SkyReelsV2Transformer3DModel,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=TEXT,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=1,
-        rope_max_seq_len=32,
-    )
+    transformer = random(SkyReelsV2Transformer3DModel, in_channels=4, **FILMS)
     given = {**texts(), **_CALL, "height": 32, "width": 32, "num_frames": 5}
     return Built(pipeline("SkyReelsV2Pipeline", scheduler, transformer), given, calls_a_step=2)

@@ -16,6 +16,25 @@ from PIL import Image
 TEXT = 16
 ATTENTION_MASKS = ("prompt_attention_mask", "negative_prompt_attention_mask")
 
+#: What the transformers of a family share: those with double and single streams, and those of films in Wan's layout.
+STREAMS = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT,
+}
+FILMS = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "out_channels": 4,
+    "text_dim": TEXT,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 1,
+    "rope_max_seq_len": 32,
+}
+
 
 @dataclass(frozen=True)
 class Built:

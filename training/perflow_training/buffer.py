@@ -13,6 +13,7 @@ from perflow_diffusers.words.shown import shown
 from perflow_training.rng import Draws
 from perflow_training.teacher.conditions import Conditions, gathered, packed, unpacked
 
+#: what older checkpoints call the rows of conditions
 OLD_NAMES = {
     "embeds": "encoder_hidden_states",
     "pooled": "added_cond_kwargs.text_embeds",

@@ -11,7 +11,7 @@ from torch import Tensor
 from perflow_diffusers.families import network_in
 from perflow_diffusers.words.shown import shown
 from perflow_training.config import ConfigError, TrainingConfig
-from perflow_training.data import DataOptions, open_examples
+from perflow_training.data import DataOptions, ExampleStream, open_examples
 from perflow_training.data.cached import CachedStream
 from perflow_training.data.example import Example
 from perflow_training.data.identity import model_identity
@@ -60,8 +60,25 @@ class Loader(Protocol):
     def close(self) -> None: ...
 
 
-class EncodingLoader:
+class Streaming:
+    """What reads on and on from a `stream`, and stands where that stands."""
+
+    stream: ExampleStream | CachedStream
+
+    def state_dict(self) -> dict:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.stream.load_state_dict(state)
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class EncodingLoader(Streaming):
     """Captions and pictures, encoded by the pipeline when they are needed."""
+
+    stream: ExampleStream
 
     def __init__(self, pipe: Pipeline, config: TrainingConfig, draws: Draws, device: torch.device):
         height, width = picture_size(pipe)
@@ -94,12 +111,6 @@ class EncodingLoader:
         noise = self.draws.normal("posterior", number, (count, *shape))
         return Material(cond, shape, encode_images(self.pipe, images, noise), names)
 
-    def state_dict(self) -> dict:
-        return self.stream.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.stream.load_state_dict(state)
-
     def describe(self) -> dict[str, float]:
         report = self.stream.report
         return {
@@ -109,17 +120,16 @@ class EncodingLoader:
             "small_images": report.too_small,
         }
 
-    def close(self) -> None:
-        self.stream.close()
-
 
 def named(examples: Sequence[Example]) -> tuple[str, ...]:
     """What people read of examples: the caption, and the record that it is from."""
     return tuple(f"{shorten(e.caption, CAPTION, placeholder=' ...')!r} ({e.name})" for e in examples)
 
 
-class CachedLoader:
+class CachedLoader(Streaming):
     """Conditions and latents that training/precompute.py has encoded; neither VAE nor text encoder is needed."""
+
+    stream: CachedStream
 
     def __init__(self, shape: Shape, config: TrainingConfig, draws: Draws, device: torch.device):
         self.shape, self.device = shape, device
@@ -143,14 +153,5 @@ class CachedLoader:
         channels, height, width = batch.latents.shape[1:]
         return Material(cond, (channels, height, width), batch.latents if with_latents else None, batch.names)
 
-    def state_dict(self) -> dict:
-        return self.stream.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.stream.load_state_dict(state)
-
     def describe(self) -> dict[str, float]:
         return {}
-
-    def close(self) -> None:
-        self.stream.close()

@@ -1,6 +1,6 @@
 """What the student learns: solved windows of the teacher, points on their chords, the loss and its window weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -90,9 +90,16 @@ def solve_trajectories(
     states = [noise]
     for start, end in pairwise(windows.boundaries):
         states.append(solver(predict, teacher, states[-1], start, end))
-    bounds = torch.tensor(windows.boundaries)
-    starts, ends = (part.repeat_interleave(len(noise)) for part in (bounds[:-1], bounds[1:]))
-    return SolvedWindows(torch.cat(states[:-1]), torch.cat(states[1:]), starts, ends, cond)
+    return windows_between(states, windows, cond)
+
+
+def windows_between(
+    states: Sequence[Tensor], windows: Boundaries, cond: Conditions, names: tuple[str, ...] = ()
+) -> SolvedWindows:
+    """The windows of trajectories whose `states`, each (B, ...), are those at the boundaries, noisy to clean."""
+    bounds = torch.tensor(windows.boundaries, dtype=torch.int64 if isinstance(windows, Windows) else torch.float64)
+    starts, ends = (part.repeat_interleave(len(states[0])) for part in (bounds[:-1], bounds[1:]))
+    return SolvedWindows(torch.cat(list(states[:-1])), torch.cat(list(states[1:])), starts, ends, cond, names)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The options of a run, completed by what its pipeline says: which process, windows and layers they mean."""
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +11,7 @@ from torch import nn
 from perflow_diffusers.flow import SigmaWindows
 from perflow_training.config import ConfigError, TrainingConfig
 from perflow_training.config.yaml_words import plain
-from perflow_training.teacher.observed import Observed, is_flow
+from perflow_training.teacher.observed import Observed, is_flow, watch
 
 _BLOCK = re.compile(r"(^|\.)(\w*_)?(blocks|layers)\.\d+\.(?P<inside>.+)")
 #: options of a diffusion's training that have no meaning where the pipeline itself gives the trajectories
@@ -48,6 +49,17 @@ def completed(config: TrainingConfig, pipe: Any) -> TrainingConfig:
     return replace(config, prediction_type="velocity")
 
 
+def watched(config: TrainingConfig, pipe: Any) -> tuple[TrainingConfig, Observed, SigmaWindows]:
+    """(options with windows and layers spelt out, the teacher, the windows) of a flow-matching pipeline in its place.
+
+    Raises ConfigError for a pipeline that cannot be learnt by watching, and for options that it cannot have.
+    """
+    takes = inspect.signature(type(pipe).__call__).parameters
+    observed = watch(pipe, call_arguments(config, takes), scale=config.mean_guidance)
+    config, windows = windowed(config, observed)
+    return config, observed, windows
+
+
 def call_arguments(config: TrainingConfig, takes: Mapping[str, Any]) -> dict[str, Any]:
     """What the pipeline is called with beside captions, of what its call `takes`: size, and `pipeline_arguments`."""
     size = {"height": config.resolution, "width": config.resolution} if config.resolution else {}
@@ -64,10 +76,7 @@ def windowed(config: TrainingConfig, observed: Observed) -> tuple[TrainingConfig
     """(options with windows and layers spelt out, the windows) of a watched flow-matching base."""
     shift = observed.shift if config.window_shift is None else config.window_shift
     try:
-        if config.window_boundaries is None:
-            windows = SigmaWindows.uniform(config.num_time_windows, shift)
-        else:
-            windows = SigmaWindows(tuple(config.window_boundaries), shift)
+        windows = SigmaWindows.of(config.window_boundaries, config.num_time_windows, shift)
     except ValueError as error:
         raise ConfigError(f"`window_boundaries` or `window_shift`: {error}") from error
     if windows.boundaries[0] != 1:

@@ -13,8 +13,8 @@ from torch import Tensor
 from perflow_diffusers.flow import SigmaWindows, Windows
 from perflow_training.buffer import SolvedWindows
 from perflow_training.config import TrainingConfig
-from perflow_training.data import DataOptions, open_examples
-from perflow_training.loader import Loader, named
+from perflow_training.data import DataOptions, ExampleStream, open_examples
+from perflow_training.loader import Loader, Streaming, named
 from perflow_training.objective import (
     Guidance,
     Loss,
@@ -23,6 +23,7 @@ from perflow_training.objective import (
     measure_window_costs,
     solve_from_data,
     solve_trajectories,
+    windows_between,
 )
 from perflow_training.rng import Draws
 from perflow_training.teacher.backbone import Backbone, Boundaries
@@ -33,6 +34,8 @@ from perflow_training.teacher.observed import Observed
 @runtime_checkable
 class Solves(Protocol):
     """Solved windows for one solve after another, over `windows`; the same ones for the same number and state."""
+
+    needs_teacher: bool  #: whether `solve` calls the teacher, so that training must keep it beside the student
 
     @property
     def windows(self) -> Boundaries: ...
@@ -57,6 +60,8 @@ class SolverSolves:
 
     `plain` is the teacher as it is measured, not compiled.
     """
+
+    needs_teacher = True
 
     def __init__(
         self,
@@ -118,11 +123,14 @@ class SolverSolves:
         self.loader.close()
 
 
-class PipelineSolves:
+class PipelineSolves(Streaming):
     """Windows of the trajectories that the watched pipeline itself draws for captions, with its own guidance.
 
     A solve has one guidance scale; where the options give a range, one is drawn for each solve.
     """
+
+    stream: ExampleStream
+    needs_teacher = True
 
     def __init__(
         self, observed: Observed, config: TrainingConfig, windows: SigmaWindows, draws: Draws, device: torch.device
@@ -162,30 +170,12 @@ class PipelineSolves:
         """Not known: a pipeline's run begins at its first step. Raises ValueError."""
         raise ValueError("The cost of windows cannot be measured by running a pipeline.")
 
-    def state_dict(self) -> dict:
-        return self.stream.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.stream.load_state_dict(state)
-
     def describe(self) -> dict[str, float]:
         report = self.stream.report
         return {
             "missing_captions": report.missing_captions,
             "unreadable_captions": report.unreadable_captions,
         }
-
-    def close(self) -> None:
-        self.stream.close()
-
-
-def windows_between(
-    states: list[Tensor], windows: SigmaWindows, cond: Conditions, names: tuple[str, ...] = ()
-) -> SolvedWindows:
-    """The windows of trajectories whose `states`, each (B, ...), are those at the boundaries, noisy to clean."""
-    bounds = torch.tensor(windows.boundaries, dtype=torch.float64)
-    starts, ends = (part.repeat_interleave(len(states[0])) for part in (bounds[:-1], bounds[1:]))
-    return SolvedWindows(torch.cat(states[:-1]), torch.cat(states[1:]), starts, ends, cond, names)
 
 
 class Timed:

@@ -81,7 +81,7 @@ class Trainer:
         self.validate, self.base = validate, base
         dtype = DTYPES[accelerator.mixed_precision]
         self.network, self.optimizer, self.schedule = make_learner(
-            teacher.network, config, accelerator, keep=getattr(source, "needs_teacher", True)
+            teacher.network, config, accelerator, keep=not isinstance(source, Solves) or source.needs_teacher
         )
         use_trained_weights_only(accelerator)
         self.parameters = trained(accelerator.unwrap_model(self.network))

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from perflow_diffusers.flow import NoisePath, SigmaWindows
+from perflow_diffusers.flow import SigmaWindows
 from perflow_diffusers.io.documents import read_json, write_json
 from perflow_diffusers.io.writer import specs_of, write_safetensors
 from perflow_training.buffer import SolvedWindows
@@ -20,11 +20,13 @@ from perflow_training.config import TrainingConfig
 from perflow_training.data.identity import model_identity, same_model
 from perflow_training.data.order import permutation
 from perflow_training.errors import DataError
+from perflow_training.objective import windows_between
 from perflow_training.rng import Draws
-from perflow_training.solves import PipelineSolves, windows_between
+from perflow_training.solves import PipelineSolves
 from perflow_training.teacher.backbone import Backbone
 from perflow_training.teacher.call import Call, Form
 from perflow_training.teacher.conditions import packed, unpacked
+from perflow_training.teacher.observed import flow_backbone
 
 MANIFEST = "trajectories.json"
 FORMAT = 1
@@ -76,7 +78,7 @@ def write_trajectories(
         if number % part[1] != part[0] or path.is_file():
             solves.skip()
         else:
-            _write(path, solves.solve(number), solves.windows.num_windows, dtype)
+            _write(path, solves.solve(number), dtype)
         progress(number + 1)
     return len(list(folder.glob("solve-*.safetensors")))
 
@@ -89,15 +91,9 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
 
 
-def is_trajectories(folder: str | Path) -> bool:
-    """Whether a folder holds what `write_trajectories` writes."""
-    return bool(folder) and (Path(folder) / MANIFEST).is_file()
-
-
-def _write(path: Path, solved: SolvedWindows, windows: int, dtype: torch.dtype) -> None:
+def _write(path: Path, solved: SolvedWindows, dtype: torch.dtype) -> None:
     rows = len(solved.cond)
-    starts = list(solved.z_start.split(rows))
-    states = [*starts, solved.z_end[-rows:]]
+    states = [*solved.z_start.split(rows), solved.z_end[-rows:]]
     told, said = packed(solved.cond.to("cpu", dtype), rows)
     tensors: dict[str, Tensor] = {f"state.{k}": z.float().cpu().contiguous() for k, z in enumerate(states)}
     tensors |= {f"cond.{name}": value.contiguous() for name, value in told.items()}
@@ -137,7 +133,7 @@ class CachedSolves:
 
     def backbone(self, network: torch.nn.Module) -> Backbone:
         """The network as it was called when the trajectories were made."""
-        return Backbone(network, NoisePath.straight(1), "flow", call=self.call)
+        return flow_backbone(network, self.call)
 
     def solve(self, number: int) -> SolvedWindows:
         """The windows of one file."""

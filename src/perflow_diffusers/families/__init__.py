@@ -22,6 +22,7 @@ __all__ = [
     "family_of",
     "is_wider",
     "network_in",
+    "networks_of",
     "several",
     "sole_network",
 ]
@@ -50,12 +51,17 @@ def network_in(pipe: Any) -> Any:
     return next((part for name in COMPONENTS if (part := getattr(pipe, name, None)) is not None), None)
 
 
+def networks_of(pipe: Any) -> dict[str, Any]:
+    """The networks that a pipeline denoises with, of whatever family, by what it calls them."""
+    return {name: part for name in ANY_COMPONENTS if (part := getattr(pipe, name, None)) is not None}
+
+
 def sole_network(pipe: Any, error: type[Exception]) -> Any:
     """The network that a pipeline denoises with, of whatever family; None for what has none of `ANY_COMPONENTS`.
 
     Raises `error` for a pipeline that has several.
     """
-    found = {name: part for name in ANY_COMPONENTS if (part := getattr(pipe, name, None)) is not None}
+    found = networks_of(pipe)
     if len(found) > 1:
         raise error(several(f"The {type(pipe).__name__}", found))
     return next(iter(found.values()), None)

@@ -65,6 +65,11 @@ class SigmaWindows:
         SigmaWindows((1.0, 0.0), shift)
         return cls(tuple(shifted(1 - i / num_windows, shift) for i in range(num_windows + 1)), shift)
 
+    @classmethod
+    def of(cls, boundaries: Sequence[float] | None, num_windows: int, shift: float) -> SigmaWindows:
+        """The windows of these `boundaries`; None: `num_windows` that are equally long in the even time of `shift`."""
+        return cls.uniform(num_windows, shift) if boundaries is None else cls(tuple(boundaries), shift)
+
     @property
     def num_windows(self) -> int:
         """K."""

@@ -227,9 +227,13 @@ pf.set_scheduler(pipe)
 """
 
 
+def _takes_sigmas(pipe: Any) -> bool:
+    return "sigmas" in inspect.signature(pipe.__call__).parameters
+
+
 def _flow_note(pipe: Any) -> str:
     """What a stock Euler scheduler does with these weights."""
-    if "sigmas" not in inspect.signature(pipe.__call__).parameters:
+    if not _takes_sigmas(pipe):
         said = (
             "It is Euler's, whose steps are the right ones, but this pipeline's call takes no `sigmas`, so that they "
             "lie on other noise levels than the weights were trained for, and pictures are worse."
@@ -281,10 +285,7 @@ def _call(pipe: Any, steps: int, guidance: float) -> str:
     ending = "mp4" if "video" in needs else "png"
     given = "".join(f'{name}={load}("your-{name}.{ending}"), ' for name in needs)
     start = f"from diffusers.utils import {load}\n\n" if needs else ""
-    if (
-        isinstance(pipe.scheduler, FlowMatchPeRFlowScheduler)
-        and "sigmas" in inspect.signature(pipe.__call__).parameters
-    ):
+    if isinstance(pipe.scheduler, FlowMatchPeRFlowScheduler) and _takes_sigmas(pipe):
         given += f"sigmas={_sigmas(pipe.scheduler, steps)}, "
     call = f'pipe("a photo of a cat in the snow", {given}num_inference_steps={steps}, guidance_scale={guidance})'
     if _is_film(pipe):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from perflow_diffusers.families import ANY_COMPONENTS, FIRST_LAYERS, NETWORKS, family_in_words
+from perflow_diffusers.families import FIRST_LAYERS, NETWORKS, family_in_words, networks_of
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.merge.within import values
 from perflow_diffusers.weights.read import live
@@ -32,7 +32,7 @@ def signature(network: Any) -> dict[str, Any]:
 
 def component_in(pipe: Any) -> str:
     """What a pipeline calls the network that it denoises with."""
-    return next(name for name in ANY_COMPONENTS if getattr(pipe, name, None) is not None)
+    return next(iter(networks_of(pipe)))
 
 
 def sample_base(base: Any) -> dict[str, list[float]]:

@@ -66,10 +66,7 @@ class Settings:
                 "the steps inside its windows are even, as it was trained (1.0 for even noise levels)."
             )
         try:
-            if self.window_boundaries is None:
-                windows = SigmaWindows.uniform(self.num_time_windows, self.window_shift)
-            else:
-                windows = SigmaWindows(tuple(self.window_boundaries), self.window_shift)
+            windows = SigmaWindows.of(self.window_boundaries, self.num_time_windows, self.window_shift)
         except ValueError as error:
             raise ArtifactError(f"PeRFlowArtifact(window_boundaries=...): {error}") from None
         object.__setattr__(self, "window_boundaries", windows.boundaries)

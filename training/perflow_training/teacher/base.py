@@ -11,7 +11,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from perflow_diffusers.errors import WeightSourceError
-from perflow_diffusers.families import ANY_COMPONENTS, sole_network
+from perflow_diffusers.families import ANY_COMPONENTS, networks_of, sole_network
 from perflow_diffusers.io.documents import read_json
 from perflow_diffusers.weights import WeightSource, open_weights
 from perflow_diffusers.weights.read.keys import canonical_map
@@ -69,7 +69,7 @@ def base_in_folder(folder: Path, variant: str | None, name: str) -> Base | None:
 def loaded_base(pipe: Pipeline, name: str) -> Base:
     """The base of a pipeline in memory, in float32."""
     network = sole_network(pipe, ConfigError)
-    component = next(part for part in ANY_COMPONENTS if getattr(pipe, part, None) is network)
+    component = next(iter(networks_of(pipe)))
     return Base(as_source(open_weights(network), name), network, component, pipe)
 
 

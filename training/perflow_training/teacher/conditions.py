@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -41,7 +42,7 @@ class Conditions:
 
     def __getitem__(self, index: Any) -> Conditions:
         """The rows at an index tensor, a mask or a slice."""
-        return self._map(lambda part: _picked(part, index))
+        return self._named(lambda _, part: _picked(part, index))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditions:
         """Elsewhere, and the numbers that are not whole in another `dtype`."""
@@ -82,7 +83,7 @@ class Conditions:
         """The rows that are tensors, by name."""
         return {name: value for name, value in self.rows.items() if isinstance(value, Tensor)}
 
-    @property
+    @cached_property
     def kind(self) -> tuple:
         """What must be equal for rows to stand in one batch: shapes, and everything that is shared."""
         rows = ((name, tuple(v.shape[1:]) if isinstance(v, Tensor) else None) for name, v in self.rows.items())
@@ -93,9 +94,6 @@ class Conditions:
         """The rows of all, one after the other; what is shared is that of the first."""
         first = parts[0]
         return first._named(lambda name, _: joined([part.rows[name] for part in parts]))
-
-    def _map(self, change: Callable[[Rows], Rows]) -> Conditions:
-        return self._named(lambda _, value: change(value))
 
     def _named(self, change: Callable[[str, Rows], Rows]) -> Conditions:
         return Conditions({name: change(name, value) for name, value in self.rows.items()}, self.shared)

@@ -48,7 +48,8 @@ class Guided:
 
     def one_call(self, scale: float | None) -> Arguments:
         """Those of a student's run: one call a step, and a scale that the network is told is told still."""
-        return dict(self.off) if self.classifier_free or scale is None else {**self.off, self.name or "": scale}
+        told = {} if self.classifier_free or scale is None or self.name is None else {self.name: scale}
+        return {**self.off, **told}
 
 
 def guidance_of(runs: Runs, scheduler: Any, scale: float | None) -> Guided:

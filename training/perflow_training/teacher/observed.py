@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from perflow_diffusers import FlowMatchPeRFlowScheduler
-from perflow_diffusers.flow import NoisePath, SigmaWindows
+from perflow_diffusers.flow import NoisePath, SigmaWindows, flow_facts
 from perflow_diffusers.schedulers.base_config import flow_refusal
 from perflow_diffusers.words.shown import shown
 from perflow_training.errors import ConfigError
@@ -71,9 +71,14 @@ class Observed:
             self.runs.pipe.scheduler.config, window_boundaries=list(windows.boundaries), window_shift=windows.shift
         )
 
-    def backbone(self, dtype: torch.dtype | None = None) -> Backbone:
-        """The network as training calls it: told noise levels, and giving the velocity dz / dsigma."""
-        return Backbone(self.runs.network, NoisePath.straight(1), "flow", dtype=dtype, call=self.call)
+    def backbone(self) -> Backbone:
+        """The network as training calls it."""
+        return flow_backbone(self.runs.network, self.call)
+
+
+def flow_backbone(network: torch.nn.Module, call: Call) -> Backbone:
+    """A network that is told noise levels, time being these, and gives the velocity dz / dsigma."""
+    return Backbone(network, NoisePath.straight(1), "flow", call=call)
 
 
 def is_flow(pipe: Any) -> bool:
@@ -118,16 +123,14 @@ def _scheduler(own: Any, flow: bool) -> Any:
     config = dict(own.config)
     if not flow:
         return DDIMScheduler.from_config(config)
-    if "shift" not in config and config.get("flow_shift") is not None:
-        config["shift"] = config["flow_shift"]
-    return FlowMatchEulerDiscreteScheduler.from_config(config)
+    return FlowMatchEulerDiscreteScheduler.from_config({**config, **flow_facts(config)})
 
 
 def _shift(own: Any, mu: float | None) -> float:
     config = own.config
     if config.get("use_dynamic_shifting") and mu is not None:
         return float(mu) if config.get("time_shift_type") == "linear" else math.exp(mu)
-    return float(config.get("shift", config.get("flow_shift") or 1.0))
+    return float(flow_facts(config).get("shift", 1.0))
 
 
 def _as_state(value: Any, count: int) -> tuple[Tensor, bool] | None:

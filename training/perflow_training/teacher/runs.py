@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perflow_diffusers.families import ANY_COMPONENTS, several
+from perflow_diffusers.families import ANY_COMPONENTS, networks_of, several
 from perflow_diffusers.words.shown import shown
 from perflow_training.errors import ConfigError
 from perflow_training.teacher.conditions import INSIDE
@@ -56,7 +56,7 @@ class Runs:
         arguments: Mapping[str, Any] | None = None,
         prompts: Callable[[Sequence[str]], Arguments] | None = None,
     ):
-        found = {name: part for name in ANY_COMPONENTS if (part := getattr(pipe, name, None)) is not None}
+        found = networks_of(pipe)
         if not found:
             raise ConfigError(
                 f"{type(pipe).__name__} has no `{'` or `'.join(ANY_COMPONENTS)}`, the network that would be trained."
